@@ -1,0 +1,1 @@
+"""The bundled emoji DiT: model, prompts, sampler. Needs torch and safetensors only, no host."""

@@ -1,0 +1,14 @@
+"""4-bit weights decoded to int8, then the int8 product. The definition of the op."""
+
+from torch import Tensor
+
+from ..int8_linear.reference import int8_linear
+from ..numerics import decode_int4
+
+
+def int4_linear(a: Tensor, packed: Tensor, *, multiplier: Tensor, zero: Tensor | None, **epilogue) -> Tensor:
+    """a [M, K] int8, packed [N, K / 2] uint8, multiplier and zero [N, G] uint8 -> [M, N].
+
+    The remaining keywords are those of int8_linear; accumulation stays int32 over all of K.
+    """
+    return int8_linear(a, decode_int4(packed, multiplier, zero), **epilogue)

@@ -1,0 +1,80 @@
+"""int8 x int8 -> int32 matrix product and its floating-point epilogue. The definition of the op."""
+
+import torch
+from torch import Tensor
+
+from ..numerics import lerp_rows
+
+
+def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
+    """a [M, K] int8, w [N, K] int8 -> a wᵀ [M, N] int32, exact for K <= 2**17.
+
+    Padded to the sizes that the CUDA routine accepts (M > 16, K and N multiples of 8); zeros add nothing.
+    """
+    M, N, K = a.shape[0], w.shape[0], a.shape[1]
+    pad_m, pad_n, pad_k = max(0, 32 - M), -N % 8, -K % 8
+    if pad_m or pad_k:
+        a = torch.nn.functional.pad(a, (0, pad_k, 0, pad_m))
+    if pad_n or pad_k:
+        w = torch.nn.functional.pad(w, (0, pad_k, 0, pad_n))
+    return torch._int_mm(a.contiguous(), w.t())[:M, :N]
+
+
+def epilogue(
+    accumulator: Tensor,
+    *,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    row_zero: Tensor | None,
+    column_sum: Tensor | None,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    index: Tensor,
+    fraction: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """accumulator [M, N] int32 -> row scale * column scale * (acc - zero * column sum) + b + c(sigma)."""
+    y = accumulator.float()
+    if row_zero is not None:
+        if column_sum is None:
+            raise ValueError("an asymmetric activation needs the weight's column sums")
+        y = y - row_zero * column_sum.float()
+    y = y * row_scale * column_scale.reshape(1, -1)
+    if bias is not None:
+        y = y + bias.float()
+    if correction is not None:
+        y = y + lerp_rows(correction, index, fraction)
+    return y.to(dtype)
+
+
+def int8_linear(
+    a: Tensor,
+    w: Tensor,
+    *,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    row_zero: Tensor | None = None,
+    column_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    correction: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """a [M, K] int8, w [N, K] int8 -> [M, N] dtype.
+
+    row_scale, row_zero [M, 1] fp32; column_scale [N, 1] fp32; column_sum [N] int32; bias [N];
+    correction [T, N], looked up at the device-side index and fraction.
+    """
+    return epilogue(
+        int8_matmul(a, w),
+        row_scale=row_scale,
+        column_scale=column_scale,
+        row_zero=row_zero,
+        column_sum=column_sum,
+        bias=bias,
+        correction=correction,
+        index=index,
+        fraction=fraction,
+        dtype=dtype,
+    )

@@ -1,0 +1,61 @@
+"""Activation quantizer: shift, scale, optional rotation, round to int8. The definition of the op."""
+
+import torch
+from torch import Tensor
+
+from ..numerics import INT8_MAX, lerp_rows, rotate, round_clamp, safe_scale
+
+
+def transform(x: Tensor, shift: Tensor | None, smooth: Tensor | None, index: Tensor, fraction: Tensor, order: int):
+    """x [M, K] -> ((x - z(sigma)) / s) H, fp32."""
+    x = x.float()
+    if shift is not None:
+        x = x - lerp_rows(shift, index, fraction)
+    if smooth is not None:
+        x = x / smooth.float()
+    return rotate(x, order)
+
+
+def quantize_activation(
+    x: Tensor,
+    *,
+    index: Tensor,
+    fraction: Tensor,
+    shift: Tensor | None = None,
+    smooth: Tensor | None = None,
+    hadamard: int = 1,
+    symmetric: bool = True,
+    static_scale: Tensor | None = None,
+    static_zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] float -> codes [M, K] int8, scale [M, 1] fp32, zero [M, 1] fp32 (integers) or None.
+
+    x - z ~ s * scale * (codes - zero), row by row.
+
+    shift [T, K] and smooth [K] as in `transform`; index, fraction [1] choose the timestep group on the device.
+    Dynamic per-token ranges unless static_scale [T] (and static_zero [T] when asymmetric) are given.
+    """
+    x = transform(x, shift, smooth, index, fraction, hadamard)
+    if static_scale is not None:
+        scale = lerp_rows(static_scale[:, None], index, fraction).expand(x.shape[0], 1)
+        zero = None
+        if static_zero is not None:
+            zero = lerp_rows(static_zero[:, None], index, fraction).round().expand(x.shape[0], 1)
+    elif symmetric:
+        scale, zero = safe_scale(x.abs().amax(dim=-1, keepdim=True), INT8_MAX), None
+    else:
+        scale, zero = asymmetric_range(x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True))
+    codes = x / scale if zero is None else x / scale + zero
+    return round_clamp(codes, -INT8_MAX, INT8_MAX).to(torch.int8), scale, zero
+
+
+def asymmetric_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Range -> (scale, zero) with low at code -127 and high at 127; a constant row c != 0 keeps its value."""
+    spread = high - low
+    # a constant row has no spread: give it the step of its magnitude, so that its one value is exact to 1/254
+    scale = safe_scale(torch.where(spread > 0, spread, torch.maximum(high.abs(), low.abs())), 2 * INT8_MAX)
+    # x / scale + zero must not leave fp32's exact integers: a far-off row falls back to a symmetric range
+    far = torch.maximum(high.abs(), low.abs()) > scale * 2**15
+    scale = torch.where(far, safe_scale(torch.maximum(high.abs(), low.abs()), INT8_MAX), scale)
+    zero = torch.where(far, torch.zeros_like(scale), (-INT8_MAX - low / scale).round())
+    return scale, zero

@@ -1,0 +1,110 @@
+"""Quantized layers on disk: the host's key names, our tables beside them, a JSON per layer."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .files import DamagedFile
+from .linear import TENSOR_FIELDS, QuantizedLinear
+from .timesteps import TimestepGroups
+
+FORMAT_PREFIX = "dit_quant_"
+VERSION = 1
+CONFIG_KEY = "comfy_quant"
+# field -> suffix after the layer's name
+SUFFIXES = {name: "weight" if name == "qdata" else f"weight_{name}" for name in TENSOR_FIELDS}
+
+
+def layer_config(w: QuantizedLinear) -> dict:
+    """What the tensors do not say. A stock loader stops at the unknown format instead of reading codes as floats."""
+    return {
+        "format": f"{FORMAT_PREFIX}w{w.bits}a8",
+        "version": VERSION,
+        "hadamard": w.hadamard,
+        "symmetric": w.symmetric,
+        "groups": w.groups.to_json(),
+    }
+
+
+def layer_tensors(name: str, w: QuantizedLinear) -> dict[str, Tensor]:
+    """`name.weight` (codes), `name.weight_*` (tables) and `name.comfy_quant` (JSON as uint8)."""
+    tensors = {f"{name}.{SUFFIXES[field]}": value for field, value in w.tensors().items()}
+    text = json.dumps(layer_config(w), separators=(",", ":")).encode()
+    tensors[f"{name}.{CONFIG_KEY}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors
+
+
+def is_ours(config: Tensor) -> bool:
+    """Whether a `comfy_quant` tensor names one of our formats."""
+    try:
+        return str(parse_config("", config).get("format", "")).startswith(FORMAT_PREFIX)
+    except DamagedFile:
+        return False
+
+
+def parse_config(name: str, config: Tensor) -> dict:
+    """The layer's JSON. Raises DamagedFile when it is not JSON."""
+    try:
+        data = json.loads(config.cpu().numpy().tobytes())
+    except (ValueError, TypeError) as error:
+        raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is not JSON") from error
+    if not isinstance(data, dict):
+        raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is not a JSON object")
+    return data
+
+
+def layer_from_tensors(name: str, tensors: Mapping[str, Tensor], features: tuple[int, int]) -> QuantizedLinear:
+    """The inverse of `layer_tensors`, checked against the model's (N, K).
+
+    Raises DamagedFile naming the layer and tensor that do not fit, or the unknown version.
+    """
+    config = parse_config(name, tensors[f"{name}.{CONFIG_KEY}"])
+    if config.get("version") != VERSION:
+        raise DamagedFile(f"{name}: format version {config.get('version')}, this pack reads {VERSION}; update the pack")
+    fields = {field: tensors.get(f"{name}.{suffix}") for field, suffix in SUFFIXES.items()}
+    try:
+        groups = TimestepGroups.from_json(config["groups"])
+        hadamard, symmetric = int(config["hadamard"]), bool(config["symmetric"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is incomplete ({error})") from error
+    for required in ("qdata", "scale"):
+        if fields[required] is None:
+            raise DamagedFile(f"{name}: tensor {name}.{SUFFIXES[required]} is missing")
+    w = QuantizedLinear(**fields, hadamard=hadamard, symmetric=symmetric, groups=groups)  # type: ignore[arg-type]
+    check_layer(name, w, features, str(config.get("format")))
+    return w
+
+
+def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declared: str) -> None:
+    """Shapes and dtypes of every tensor. Raises DamagedFile naming the first that is wrong."""
+    if declared != f"{FORMAT_PREFIX}w{w.bits}a8":
+        raise DamagedFile(f"{name}: declared {declared}, but its tensors are of W{w.bits}A8")
+    N, K = features
+    T = len(w.groups)
+    expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "qdata": ((N, K) if w.bits == 8 else (N, K // 2), (torch.int8,) if w.bits == 8 else (torch.uint8,)),
+        "scale": ((N, 1), (torch.float32,)),
+        "column_sum": ((N,), (torch.int32,)),
+        "smooth": ((K,), (torch.float32,)),
+        "shift": ((T, K), (torch.float16, torch.float32)),
+        "correction": ((T, N), (torch.float16, torch.float32)),
+        "static_scale": ((T,), (torch.float32,)),
+        "static_zero": ((T,), (torch.float32,)),
+    }
+    if w.multiplier is not None:
+        G = w.multiplier.shape[-1]
+        if G == 0 or K % G:
+            raise DamagedFile(f"{name}: {G} weight groups do not divide K={K}")
+        expected["multiplier"] = expected["zero"] = ((N, G), (torch.uint8,))
+    for field, tensor in w.tensors().items():
+        shape, dtypes = expected[field]
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise DamagedFile(
+                f"{name}.{SUFFIXES[field]}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtypes[0]}"
+            )
+    if not w.symmetric and w.column_sum is None:
+        raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
+    if (w.shift is None) != (w.correction is None):
+        raise DamagedFile(f"{name}: shift and correction belong together, one is missing")

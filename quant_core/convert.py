@@ -1,0 +1,207 @@
+"""From weights and a calibration to quantized layers and a report."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.numerics import INT8_MAX, safe_scale
+from ..kernels.quantize_activation.reference import asymmetric_range
+from .architectures import Family, Role
+from .calibration import Calibration
+from .covariance import rounding_hessian
+from .fingerprint import tensor_fingerprint
+from .grouping import group_layer_paper, group_model, members
+from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_it_fits
+from .observers import LayerStatistics
+from .reparam import fold_linear, relative_difference
+from .report import LayerReport, QuantReport, SkippedLayer
+from .rounding import round_weight
+from .schemes import Partition, QuantScheme, Scale, Shift, group_size_for, hadamard_for
+from .shift_scale import channel_scale, group_shift, static_range
+from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState, distinct
+
+PAPER_ROLES = (Role.MODULATED, Role.ATTENTION)
+
+
+class CannotQuantize(ValueError):
+    """The model or its calibration does not allow it; the message names the layer and the remedy."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """Calibrated statistics of one layer with the sigmas they were taken at."""
+
+    sigmas: tuple[float, ...]
+    statistics: LayerStatistics
+
+
+def quantize_weight(
+    name: str, weight: Tensor, scheme: QuantScheme, groups: TimestepGroups, source: LayerInput | None
+) -> tuple[QuantizedLinear, LayerReport]:
+    """weight [N, K] float -> quantized layer. `source` may be None for schemes that need no calibration.
+
+    Raises CannotQuantize for non-finite weights or a K that no group size divides.
+    """
+    N, K = weight.shape
+    if not bool(torch.isfinite(weight).all()):
+        raise CannotQuantize(f"{name}: the weight holds NaN or infinity; the checkpoint is damaged")
+    group_size = K if scheme.weights.bits == 8 else group_size_for(K, scheme.weights.group_size)
+    if group_size is None:
+        raise CannotQuantize(f"{name}: K={K} is not divisible by any group size; skip this layer")
+    hadamard = hadamard_for(K, scheme.hadamard)
+    rows = [] if source is None else members(source.sigmas, groups)
+    statistics = None if source is None else source.statistics
+
+    shift = scale = hessian = None
+    if statistics is not None:
+        shift = group_shift(statistics, rows, scheme.shift)
+        # z is rounded before c = W z is built from it, so the pair stays exact
+        shift = None if shift is None else half_if_it_fits(shift)
+        exact = None if shift is None else shift.double()
+        scale = channel_scale(statistics, rows, exact, weight, scheme.scale)
+        scale = None if scale is None else scale.float()
+        hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
+    folded = fold_linear(weight, shift, scale, hadamard)
+    rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)
+    static_scale, static_zero = _static_tables(scheme, statistics, rows, shift, scale)
+    layer = QuantizedLinear(
+        qdata=rounded.qdata,
+        scale=rounded.scale,
+        multiplier=rounded.multiplier,
+        zero=rounded.zero,
+        column_sum=None if scheme.activations.symmetric else column_sum(rounded.int8()),
+        smooth=scale,
+        shift=shift,
+        correction=None if folded.correction is None else half_if_it_fits(folded.correction),
+        static_scale=static_scale,
+        static_zero=static_zero,
+        hadamard=hadamard,
+        symmetric=scheme.activations.symmetric,
+        groups=groups,
+    )
+    notes = []
+    if scheme.weights.bits == 4 and group_size != scheme.weights.group_size:
+        notes.append(f"K={K} is not divisible by group size {scheme.weights.group_size}; {group_size} was used")
+    if hadamard != scheme.hadamard:
+        notes.append(f"K={K} is not divisible by {scheme.hadamard}; Hadamard blocks of {hadamard}")
+    error = relative_difference(weight, dequantize(layer))
+    report = LayerReport(
+        name, (N, K), layer.bits, group_size, hadamard, len(groups), layer.nbytes, error, "; ".join(notes)
+    )
+    return layer, report
+
+
+def _static_tables(scheme: QuantScheme, statistics, rows, shift, scale) -> tuple[Tensor | None, Tensor | None]:
+    """Fixed activation ranges, one per timestep group: scale [T] and, when asymmetric, zero [T]."""
+    if scheme.activations.dynamic or statistics is None:
+        return None, None
+    low, high = static_range(statistics, rows, None if shift is None else shift.double(), scale)
+    if scheme.activations.symmetric:
+        return safe_scale(torch.maximum(low.abs(), high.abs()), INT8_MAX), None
+    return asymmetric_range(low.float().clamp(max=0), high.float().clamp(min=0))
+
+
+def layer_groups(
+    name: str, scheme: QuantScheme, calibration: Calibration | None, shared: TimestepGroups
+) -> TimestepGroups:
+    """The partition a layer uses under a scheme."""
+    if calibration is None or scheme.partition is Partition.SINGLE:
+        return SINGLE_GROUP
+    if scheme.partition is Partition.PAPER:
+        return group_layer_paper(calibration.sigmas, calibration.layers[name], calibration.flow)
+    return shared
+
+
+def shared_groups(scheme: QuantScheme, calibration: Calibration | None) -> TimestepGroups:
+    """The model's partition: the one chosen by Group Timesteps, else `auto`. One group where nothing uses groups."""
+    if calibration is None or (scheme.shift is Shift.NONE and scheme.activations.dynamic):
+        return SINGLE_GROUP
+    grouping = calibration.grouping or group_model(
+        calibration.sigmas, calibration.layers, flow=calibration.flow, interpolate=scheme.interpolate
+    )
+    return grouping.groups
+
+
+def check_calibration(calibration: Calibration, name: str, weight: Tensor) -> None:
+    """Raises CannotQuantize when the statistics were taken on another weight or shape."""
+    statistics = calibration.layers[name]
+    if statistics.features != weight.shape[1]:
+        raise CannotQuantize(
+            f"{name}: calibrated with K={statistics.features}, the model has K={weight.shape[1]}; "
+            "this calibration belongs to another model, run Calibrate DiT on this one"
+        )
+    if calibration.fingerprints.get(name) != tensor_fingerprint(weight):
+        raise CannotQuantize(
+            f"{name}: the weight changed since calibration (another checkpoint, or LoRAs added or removed); "
+            "run Calibrate DiT on exactly this model"
+        )
+
+
+def quantize_model(
+    weights: Mapping[str, Callable[[], Tensor]],
+    *,
+    scheme: QuantScheme,
+    calibration: Calibration | None,
+    family: Family | None,
+    skip: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, QuantizedLinear], QuantReport]:
+    """weights: layer name -> loader of its [N, K] weight, so that one layer at a time is in memory.
+
+    skip: layers to leave alone, with the reason. Raises CannotQuantize for a calibration of another model,
+    or when no layer is left to quantize. Deterministic.
+    """
+    if scheme.needs_calibration and calibration is None:
+        raise CannotQuantize(f"{scheme.name} needs a calibration; connect Calibrate DiT, or choose an rtn preset")
+    skipped = dict(skip or {})
+    if calibration is not None:
+        for name in weights:
+            if name not in skipped and name not in calibration.layers:
+                skipped[name] = calibration.silent.get(name, "not in the calibration")
+        if weights and not any(name in calibration.layers for name in weights):
+            raise CannotQuantize("no layer of this model is in the calibration; it belongs to another model")
+    shared = shared_groups(scheme, calibration)
+    layers: dict[str, QuantizedLinear] = {}
+    reports: list[LayerReport] = []
+    todo = [name for name in weights if name not in skipped]
+    for done, name in enumerate(todo):
+        weight = weights[name]()
+        plain = scheme
+        if scheme.paper_roles and family is not None and family.role(name) not in PAPER_ROLES:
+            plain = scheme.with_options(shift=Shift.NONE, scale=Scale.NONE)
+        source = None
+        if calibration is not None:
+            check_calibration(calibration, name, weight)
+            source = LayerInput(calibration.sigmas, calibration.layers[name])
+        try:
+            groups = layer_groups(name, scheme, calibration, shared)
+            layers[name], report = quantize_weight(name, weight, plain, groups, source)
+            reports.append(report)
+        except CannotQuantize as error:
+            if "NaN" in str(error):
+                raise
+            skipped[name] = str(error).removeprefix(f"{name}: ")
+        progress(done + 1, len(todo))
+    if not layers:
+        raise CannotQuantize(
+            "no Linear of this model can be quantized: it has no DiT blocks with Linear layers (a UNet?), "
+            "or every layer was skipped"
+        )
+    notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
+    return layers, QuantReport(
+        scheme.name, tuple(reports), tuple(SkippedLayer(n, r) for n, r in sorted(skipped.items())), notes
+    )
+
+
+def install(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> TimestepState:
+    """Replaces nn.Linear modules by QuantLinear in place; returns the state that selects their groups."""
+    partitions = distinct([layer.groups for layer in layers.values()])
+    state = TimestepState(partitions)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        bias = None if linear.bias is None else linear.bias.detach()
+        setattr(model.get_submodule(parent), child, QuantLinear(layer, bias, state, partitions.index(layer.groups)))
+    return state

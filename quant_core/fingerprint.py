@@ -1,0 +1,28 @@
+"""Short identities of weights and settings, for caches and for refusing foreign calibrations."""
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+
+SAMPLES = 4096
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Identity of a weight: its shape and SAMPLES evenly spaced values, rounded to bf16.
+
+    Any change that touches the whole weight (training, a LoRA, a merge) shows; a single altered element may not.
+    bf16, so that the same checkpoint loaded in another precision keeps its identity.
+    """
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    values = flat[::step].to(torch.bfloat16).view(torch.int16).cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}|".encode())
+    digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_key(*parts: object) -> str:
+    """sha256 over JSON-able parts, order of dictionary keys aside."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

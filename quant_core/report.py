@@ -1,0 +1,81 @@
+"""What was rounded, what was not and why, and what it costs."""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One rounded layer. weight_error: relative L2 of the rounded weight; note: any fallback that was taken."""
+
+    name: str
+    features: tuple[int, int]
+    bits: int
+    group_size: int
+    hadamard: int
+    groups: int
+    nbytes: int
+    weight_error: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A Linear left in floating point."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """The outcome of quantizing a model. Sizes count every table of the quantized layers."""
+
+    scheme: str
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[SkippedLayer, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.features[0] * layer.features[1] for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk and in memory per weight of the quantized layers, tables included."""
+        return 8 * self.nbytes / max(self.weights, 1)
+
+    @property
+    def groups(self) -> int:
+        """The largest number of timestep groups any layer uses."""
+        return max((layer.groups for layer in self.layers), default=1)
+
+    def to_json(self) -> dict:
+        return {
+            "scheme": self.scheme,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "groups": self.groups,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [asdict(layer) for layer in self.skipped],
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """A few lines for a person, fallbacks and skips listed."""
+        lines = [
+            f"{self.scheme}: {len(self.layers)} layers, {self.bits_per_weight:.2f} bits per weight, "
+            f"{self.groups} timestep group{'s' if self.groups != 1 else ''}, "
+            f"{self.nbytes / 2**20:.1f} MB instead of {2 * self.weights / 2**20:.1f} MB in 16 bits"
+        ]
+        lines += list(self.notes)
+        lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        reasons: dict[str, list[str]] = {}
+        for layer in self.skipped:
+            reasons.setdefault(layer.reason, []).append(layer.name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            lines.append(f"kept in floating point ({reason}): {shown}")
+        return "\n".join(lines)

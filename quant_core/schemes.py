@@ -1,0 +1,165 @@
+"""What is rounded, how, and under which name: schemes and presets."""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class Granularity(Enum):
+    """One scale for: the whole tensor, an output channel [N], a token [M], or a run of `group_size` columns."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_TOKEN = "per_token"
+    PER_GROUP = "per_group"
+
+
+class Shift(Enum):
+    """z_g subtracted from the activations of timestep group g."""
+
+    NONE = "none"
+    MEAN = "mean"
+    MIDRANGE = "midrange"  # (max + min) / 2, HTG eq. 2
+
+
+class Scale(Enum):
+    """s divided out of the activation channels."""
+
+    NONE = "none"
+    PAPER = "paper"  # sqrt(EMA of the shifted maximum / max |W|), HTG eq. 7
+
+
+class Rounding(Enum):
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+
+
+class Partition(Enum):
+    """Where a layer's timestep groups come from."""
+
+    CALIBRATION = "calibration"  # the one partition chosen by Group Timesteps, or `auto`
+    PAPER = "paper"  # per layer, centroid linkage, T / 10 groups
+    SINGLE = "single"  # no groups
+
+
+@dataclass(frozen=True)
+class WeightArgs:
+    """bits 8 is per channel and symmetric; bits 4 is grouped, on the channel's int8 grid."""
+
+    bits: int = 8
+    group_size: int = 64
+    symmetric: bool = True
+    rounding: Rounding = Rounding.NEAREST
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"weights of {self.bits} bits are not supported; choose 4 or 8")
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("8-bit weights are symmetric per channel; asymmetric needs bits=4")
+        if self.group_size < 4 or self.group_size % 4:
+            raise ValueError(f"group size {self.group_size} is not a positive multiple of 4; choose 32 or 64")
+
+    @property
+    def granularity(self) -> Granularity:
+        return Granularity.PER_CHANNEL if self.bits == 8 else Granularity.PER_GROUP
+
+
+@dataclass(frozen=True)
+class ActivationArgs:
+    """int8. PER_TOKEN ranges are measured at run time, PER_TENSOR ones are fixed per timestep group."""
+
+    granularity: Granularity = Granularity.PER_TOKEN
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.granularity not in (Granularity.PER_TOKEN, Granularity.PER_TENSOR):
+            raise ValueError(f"activations are per_token or per_tensor, not {self.granularity.value}")
+
+    @property
+    def dynamic(self) -> bool:
+        return self.granularity is Granularity.PER_TOKEN
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Everything that decides the integer codes of a layer, given its calibration.
+
+    paper_roles: shift and scale only where HTG applies them (inputs of qkv, fc1 and the attention
+    projection); other layers are rounded plainly.
+    """
+
+    name: str
+    weights: WeightArgs = WeightArgs()
+    activations: ActivationArgs = ActivationArgs()
+    shift: Shift = Shift.NONE
+    scale: Scale = Scale.NONE
+    hadamard: int = 1
+    partition: Partition = Partition.CALIBRATION
+    interpolate: bool = False
+    paper_roles: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hadamard not in (1, 4, 16, 64, 256):
+            raise ValueError(f"Hadamard block {self.hadamard} is not a power of 4 up to 256; choose 64 or 256")
+        if self.hadamard > 1 and not self.activations.dynamic:
+            raise ValueError("static activation ranges are measured before rotation; set hadamard=1 or per_token")
+        if self.hadamard > 1 and self.shift is Shift.MIDRANGE:
+            raise ValueError("a mid-range shift before a Hadamard piles up in one coefficient; use shift mean")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return not (
+            self.shift is Shift.NONE
+            and self.scale is Scale.NONE
+            and self.activations.dynamic
+            and self.weights.rounding is Rounding.NEAREST
+        )
+
+    def with_options(self, **changes) -> "QuantScheme":
+        return replace(self, **changes)
+
+
+_TOKEN_ASYMMETRIC = ActivationArgs(Granularity.PER_TOKEN, symmetric=False)
+
+PRESETS = {
+    scheme.name: scheme
+    for scheme in (
+        QuantScheme(
+            "W8A8",
+            WeightArgs(8, rounding=Rounding.GPTQ),
+            _TOKEN_ASYMMETRIC,
+            shift=Shift.MEAN,
+            hadamard=256,
+        ),
+        QuantScheme(
+            "W4A8",
+            WeightArgs(4, 64, symmetric=False, rounding=Rounding.GPTQ),
+            _TOKEN_ASYMMETRIC,
+            shift=Shift.MEAN,
+            hadamard=256,
+        ),
+        QuantScheme(
+            "htg_paper",
+            WeightArgs(8),
+            ActivationArgs(Granularity.PER_TENSOR, symmetric=False),
+            shift=Shift.MIDRANGE,
+            scale=Scale.PAPER,
+            partition=Partition.PAPER,
+            paper_roles=True,
+        ),
+        QuantScheme("rtn_w8a8", WeightArgs(8), ActivationArgs()),
+        QuantScheme("rtn_w4a8", WeightArgs(4, 64, symmetric=False), ActivationArgs()),
+    )
+}
+
+
+def group_size_for(features: int, wanted: int) -> int | None:
+    """The largest multiple of 4 up to `wanted` that divides K, or None."""
+    return next((size for size in range(wanted, 3, -4) if features % size == 0), None)
+
+
+def hadamard_for(features: int, wanted: int) -> int:
+    """The largest power of 4 up to `wanted` that divides K; 1 leaves the layer unrotated."""
+    order = wanted
+    while order > 1 and features % order:
+        order //= 4
+    return order
