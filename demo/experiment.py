@@ -1,6 +1,9 @@
 """Calibrate, quantize and compare the emoji DiT: the steps that the demo, tests and benchmarks share."""
 
 import copy
+import itertools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 from ..quant_core.architectures import FAMILIES, family_of
 from ..quant_core.calibration import Calibration, finish
 from ..quant_core.collector import Collector
-from ..quant_core.convert import install, quantize_model
+from ..quant_core.convert import CannotQuantize, install, quantize_model
 from ..quant_core.fingerprint import tensor_fingerprint
+from ..quant_core.metrics import relative_l2
 from ..quant_core.report import QuantReport
 from ..quant_core.schemes import QuantScheme
 from ..quant_core.timesteps import TimestepState
@@ -34,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Encoded prompts and one noise per prompt."""
+    """Encoded prompts and one noise per prompt; `empty` is the encoded empty prompt."""
 
     names: tuple[str, ...]
     context: Tensor
@@ -43,18 +47,37 @@ class Prompts:
     empty: tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A point of the full-precision trajectory: noise level, x [B, 16, h, w], and the guided velocity there."""
+
+    sigma: float
+    x: Tensor
+    velocity: Tensor
+
+
 def prepare(table: PromptTable, names: list[str], first_seed: int, dtype: torch.dtype = torch.float32) -> Prompts:
+    """Prompt i starts from the noise of seed `first_seed + i`."""
     context, pooled = table.encode(names)
-    empty = tuple(part.to(dtype) for part in table.encode([""]))
+    empty_context, empty_pooled = table.encode([""])
     noise = seeded_noise(list(range(first_seed, first_seed + len(names))))
-    return Prompts(tuple(names), context.to(dtype), pooled.to(dtype), noise.to(dtype), empty)  # type: ignore[arg-type]
+    empty = (empty_context.to(dtype), empty_pooled.to(dtype))
+    return Prompts(tuple(names), context.to(dtype), pooled.to(dtype), noise.to(dtype), empty)
 
 
 def split_prompts(table: PromptTable, calibration: int, evaluation: int) -> tuple[list[str], list[str]]:
-    """Disjoint, evenly spread over the trained prompts: calibration takes even positions, evaluation odd ones."""
-    even, odd = table.prompts[0::2], table.prompts[1::2]
-    pick = lambda names, n: [names[i * len(names) // n] for i in range(n)]  # noqa: E731
-    return pick(even, calibration), pick(odd, evaluation)
+    """Disjoint, evenly spread over the trained prompts: calibration takes even positions, evaluation odd ones.
+
+    Raises ValueError when the table has fewer than asked for.
+    """
+    trained = list(dict.fromkeys(table.prompts))
+    return _spread(trained[0::2], calibration, "calibration"), _spread(trained[1::2], evaluation, "evaluation")
+
+
+def _spread(names: list[str], count: int, use: str) -> list[str]:
+    if not 1 <= count <= len(names):
+        raise ValueError(f"{count} {use} prompts asked for; the bundled table offers 1 to {len(names)}")
+    return [names[i * len(names) // count] for i in range(count)]
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -69,12 +92,11 @@ def draw(
     latents = []
     for i in range(0, len(prompts.names), sampling.batch):
         part = slice(i, i + sampling.batch)
-        condition = (prompts.context[part], prompts.pooled[part])
         latents.append(
             sample(
                 model,
                 prompts.noise[part],
-                condition,
+                (prompts.context[part], prompts.pooled[part]),
                 prompts.empty,
                 steps=sampling.steps,
                 cfg=sampling.cfg,
@@ -85,9 +107,27 @@ def draw(
     return torch.cat(latents)
 
 
-def calibrate(model: EmojiDiT, prompts: Prompts, sampling: Sampling, covariance: int | None = COVARIANCE_LIMIT):
+def timed_draw(
+    model: EmojiDiT, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
+) -> tuple[Tensor, float]:
+    """As `draw`, and the median seconds of one sampling step of one batch."""
+    marks: list[float] = []
+
+    def mark(sigma: float) -> None:
+        marks.append(time.perf_counter())
+        if before_step is not None:
+            before_step(sigma)
+
+    latents = draw(model, prompts, sampling, mark)
+    marks.append(time.perf_counter())
+    return latents, statistics.median(after - before for before, after in itertools.pairwise(marks))
+
+
+def calibrate(
+    model: EmojiDiT, prompts: Prompts, sampling: Sampling, covariance: int | None = COVARIANCE_LIMIT
+) -> tuple[Calibration, Tensor]:
     """Samples the prompts with hooked layers -> (Calibration, latents)."""
-    layers = quantizable(model)[0]
+    layers, _ = quantizable(model)
     collector = Collector({n: m.in_features for n, m in layers.items()}, flow=True, covariance=covariance)
     with collector.attached(layers):
         latents = draw(model, prompts, sampling, before_step=collector.at)
@@ -96,9 +136,11 @@ def calibrate(model: EmojiDiT, prompts: Prompts, sampling: Sampling, covariance:
 
 
 def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Linears to round, and those to keep with the reason."""
+    """Linears to round, and those to keep with the reason. Raises CannotQuantize for an unknown family."""
     family = family_of(model.state_dict(), FAMILIES)
-    assert family is not None
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise CannotQuantize(f"{type(model).__name__} belongs to no known DiT family; the pack knows {known}")
     found, kept = {}, {}
     for name, module in block_linears(model).items():
         reason = family.reason_to_keep(name)
@@ -114,7 +156,7 @@ def quantized_copy(
 ) -> tuple[EmojiDiT, TimestepState, QuantReport]:
     """A rounded copy of the model, the state that selects its groups, and the report."""
     layers, kept = quantizable(model)
-    weights = {name: (lambda module=module: module.weight.detach()) for name, module in layers.items()}
+    weights = {name: module.weight.detach for name, module in layers.items()}
     family = family_of(model.state_dict(), FAMILIES)
     rounded, report = quantize_model(weights, scheme=scheme, calibration=calibration, family=family, skip=kept)
     twin = copy.deepcopy(model)
@@ -122,33 +164,42 @@ def quantized_copy(
 
 
 def update_with(state: TimestepState) -> Callable[[float], None]:
-    return lambda sigma: state.update(torch.tensor([sigma]))
+    """The `before_step` of a quantized model: selects its groups by the value of sigma."""
+
+    def select(sigma: float) -> None:
+        state.update(torch.tensor([sigma]))
+
+    return select
 
 
 @torch.inference_mode()
-def reference_velocities(model: EmojiDiT, prompts: Prompts, sampling: Sampling, probes: int = 6) -> list[tuple]:
-    """(sigma, x, guided velocity) at evenly spread steps of the full-precision trajectory."""
-    x, found = prompts.noise, []
-    sigmas = shifted_sigmas(sampling.steps, sampling.shift).tolist()
+def reference_velocities(model: EmojiDiT, prompts: Prompts, sampling: Sampling, probes: int = 6) -> list[Probe]:
+    """The full-precision trajectory at evenly spread steps, the first and the last included."""
+    if probes < 2:
+        raise ValueError(f"{probes} probes cannot hold the first and the last step; ask for 2 or more")
     chosen = {round(i * (sampling.steps - 1) / (probes - 1)) for i in range(probes)}
     condition = (prompts.context, prompts.pooled)
-    for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    x, found = prompts.noise, []
+    for step, (sigma, following) in enumerate(
+        itertools.pairwise(shifted_sigmas(sampling.steps, sampling.shift).tolist())
+    ):
         velocity = guided_velocity(model, x, sigma, condition, prompts.empty, sampling.cfg)
         if step in chosen:
-            found.append((sigma, x, velocity))
+            found.append(Probe(sigma, x, velocity))
         x = x + (following - sigma) * velocity
     return found
 
 
 @torch.inference_mode()
 def velocity_error(
-    model: EmojiDiT, state: TimestepState | None, prompts: Prompts, sampling: Sampling, reference
+    model: EmojiDiT, state: TimestepState | None, prompts: Prompts, sampling: Sampling, reference: list[Probe]
 ) -> float:
     """Relative L2 of the guided velocity on the full-precision trajectory, mean over the probed steps."""
     errors = []
-    for sigma, x, expected in reference:
+    for probe in reference:
         if state is not None:
-            state.update(torch.tensor([sigma]))
-        velocity = guided_velocity(model, x, sigma, (prompts.context, prompts.pooled), prompts.empty, sampling.cfg)
-        errors.append(float((velocity - expected).norm() / expected.norm()))
+            state.update(torch.tensor([probe.sigma]))
+        condition = (prompts.context, prompts.pooled)
+        velocity = guided_velocity(model, probe.x, probe.sigma, condition, prompts.empty, sampling.cfg)
+        errors.append(relative_l2(velocity, probe.velocity))
     return sum(errors) / len(errors)

@@ -202,6 +202,6 @@ def install(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> Timestep
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
-        bias = None if linear.bias is None else linear.bias.detach()
+        bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
         setattr(model.get_submodule(parent), child, QuantLinear(layer, bias, state, partitions.index(layer.groups)))
     return state

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import int4_linear, int8_linear, quantize_activation
-from ..kernels.numerics import decode_int4, rotate
+from ..kernels.numerics import INT4_SHIFT, decode_int4, pack_int4, rotate
 from .reparam import fold_linear
-from .rounding import round_weight
-from .schemes import WeightArgs
+from .rounding import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState
 
 HALF_MAX = 6.0e4
@@ -132,25 +131,57 @@ def dequantize(w: QuantizedLinear) -> Tensor:
     return weight if w.smooth is None else weight / w.smooth
 
 
-def requantize(weight: Tensor, like: QuantizedLinear) -> QuantizedLinear:
-    """A new weight [N, K] (say, after a LoRA) with the shift, scale, rotation and ranges of `like`.
+def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> QuantizedLinear:
+    """`weight` [N, K] is dequantize(like) plus a change (a LoRA, a merge): the same layer with the change in it.
 
-    Rounds to nearest on fresh grids, and rebuilds c = W z from the unrounded weight.
+    Keeps the shift, scale, rotation and ranges of `like`, and the grid of every row that still fits it, so that
+    no change gives the same codes. The correction gains (weight - old) z, unrounded. A seed != 0 rounds
+    stochastically: a change smaller than half a step then survives on average instead of vanishing.
     """
-    shift = None if like.shift is None else like.shift.double()
+    old = folded_weight(like)
+    change = weight.float() - dequantize(like)
     scale = None if like.smooth is None else like.smooth.double()
-    folded = fold_linear(weight, shift, scale, like.hadamard)
-    args = WeightArgs(bits=8) if like.bits == 8 else WeightArgs(4, like.group_size, symmetric=like.zero is None)
-    rounded = round_weight(folded.weight, args, like.group_size, None)
-    return replace(
-        like,
-        qdata=rounded.qdata,
-        scale=rounded.scale,
-        multiplier=rounded.multiplier,
-        zero=rounded.zero,
-        column_sum=None if like.column_sum is None else column_sum(rounded.int8()),
-        correction=None if folded.correction is None else half_if_it_fits(folded.correction),
-    )
+    delta = fold_linear(change, None, scale, like.hadamard).weight.float()
+    grid = grid_for(old + delta, like)
+    codes = encode(old, delta, grid, seed)
+    if isinstance(grid, Int8Grid):
+        stored = {"qdata": codes, "scale": grid.scale}
+        sums = codes
+    else:
+        stored = {"qdata": pack_int4(codes), "scale": grid.scale, "multiplier": grid.multiplier, "zero": grid.zero}
+        sums = decode_int4(stored["qdata"], grid.multiplier, grid.zero)
+    if like.correction is not None and like.shift is not None:
+        correction = like.correction.double() + like.shift.double() @ change.double().T
+        stored["correction"] = half_if_it_fits(correction).to(like.correction.dtype)
+    if like.column_sum is not None:
+        stored["column_sum"] = column_sum(sums)
+    return replace(like, **stored)
+
+
+def grid_for(weight: Tensor, like: QuantizedLinear) -> Grid:
+    """The grid of `like`, with fresh rows where the folded weight [N, K] no longer fits it."""
+    if like.multiplier is None:
+        fresh = int8_grid(weight)
+        return Int8Grid(torch.where(fresh.scale > like.scale * 1.0001, fresh.scale, like.scale))
+    old = Int4Grid(like.scale, like.multiplier, like.zero, like.group_size)
+    fresh = int4_grid(weight, like.group_size, like.zero is None)
+    error = (old.decode(old.encode(weight, 0), 0) - weight).abs().unflatten(1, (-1, like.group_size)).amax(dim=2)
+    step = old.scale * old.multiplier.float() / 2**INT4_SHIFT
+    outgrown = (error > 0.5 * step + old.scale).any(dim=1, keepdim=True)
+    zero = None if old.zero is None or fresh.zero is None else torch.where(outgrown, fresh.zero, old.zero)
+    multiplier = torch.where(outgrown, fresh.multiplier, old.multiplier)
+    return Int4Grid(torch.where(outgrown, fresh.scale, old.scale), multiplier, zero, like.group_size)
+
+
+def encode(old: Tensor, delta: Tensor, grid: Grid, seed: int) -> Tensor:
+    """Codes of old + delta; where seed != 0, a weight that changed is rounded up or down by chance."""
+    nearest = grid.encode(old + delta, 0)
+    if seed == 0:
+        return nearest
+    generator = torch.Generator().manual_seed(seed & 0x7FFFFFFF)
+    noise = (torch.rand(old.shape, generator=generator) - 0.5).to(old.device)
+    chance = grid.encode(old + delta + noise * grid.step(0, old.shape[1]), 0)
+    return torch.where(delta.abs() > 1e-6 * old.abs().amax(dim=1, keepdim=True), chance, nearest)
 
 
 def column_sum(codes: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class LayerObserver:
         if self.block is not None:
             blocks = x.unflatten(1, (-1, self.block)).permute(1, 0, 2)  # [B, M, b]
             product = blocks.transpose(1, 2) @ blocks
-            self.moment = product if self.moment is None else self.moment.to(x.device) + product
+            # kept off the GPU: artists need its memory for sampling
+            self.moment = product.cpu() if self.moment is None else self.moment.add_(product.cpu())
 
     def merge_rows(self, keep: int, drop: int) -> None:
         """Joins two sigma bins into row `keep`; later rows move up."""

@@ -26,6 +26,10 @@ class Int8Grid:
 
     scale: Tensor
 
+    def step(self, start: int, count: int) -> Tensor:
+        """Width of a level in `count` columns from `start`, broadcastable to [N, count]."""
+        return self.scale
+
     def encode(self, weight: Tensor, start: int) -> Tensor:
         """weight [N, k], columns from `start` -> codes [N, k] int8."""
         return round_clamp(weight / self.scale, -INT8_MAX, INT8_MAX).to(torch.int8)
@@ -54,8 +58,11 @@ class Int4Grid:
     def _origin(self, start: int, count: int) -> Tensor | float:
         return 8.0 if self.zero is None else self._columns(self.zero, start, count).float()
 
+    def step(self, start: int, count: int) -> Tensor:
+        return self.scale * self._columns(self.multiplier, start, count).float() / (1 << INT4_SHIFT)
+
     def encode(self, weight: Tensor, start: int) -> Tensor:
-        step = self.scale * self._columns(self.multiplier, start, weight.shape[1]).float() / (1 << INT4_SHIFT)
+        step = self.step(start, weight.shape[1])
         return round_clamp(weight / step + self._origin(start, weight.shape[1]), 0, 15).to(torch.uint8)
 
     def decode(self, codes: Tensor, start: int) -> Tensor:

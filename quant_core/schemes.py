@@ -62,6 +62,9 @@ class WeightArgs:
     def granularity(self) -> Granularity:
         return Granularity.PER_CHANNEL if self.bits == 8 else Granularity.PER_GROUP
 
+    def with_options(self, **changes) -> "WeightArgs":
+        return replace(self, **changes)
+
 
 @dataclass(frozen=True)
 class ActivationArgs:

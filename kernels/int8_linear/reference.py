@@ -17,7 +17,7 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
         a = torch.nn.functional.pad(a, (0, pad_k, 0, pad_m))
     if pad_n or pad_k:
         w = torch.nn.functional.pad(w, (0, pad_k, 0, pad_n))
-    return torch._int_mm(a.contiguous(), w.t())[:M, :N]
+    return torch._int_mm(a.contiguous(), w.t())[:M, :N]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def epilogue(

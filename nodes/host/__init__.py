@@ -1,0 +1,1 @@
+"""Adapters to the host: layout, layers, patcher, sampling, paths."""

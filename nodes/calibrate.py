@@ -1,0 +1,128 @@
+"""Calibrate DiT: samples the artist's prompts and records what every layer sees."""
+
+import re
+
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy_api.latest import io, ui
+
+from .host.paths import calibration_folder
+from .host.sampling import Progress, Settings, calibrate
+from .schema import CalibrationType, schema
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """'1024x1024, 768x1344' -> ((1024, 1024), (768, 1344)). Raises ValueError naming what does not parse."""
+    sizes = []
+    for part in filter(None, re.split(r"[,\s]+", text.strip())):
+        found = re.fullmatch(r"(\d+)[xX](\d+)", part)
+        if found is None or int(found[1]) < 16 or int(found[2]) < 16:
+            raise ValueError(f"size {part!r} is not WIDTHxHEIGHT of at least 16x16 pixels; write for example 1024x1024")
+        sizes.append((int(found[1]), int(found[2])))
+    if not sizes:
+        raise ValueError("no latent size given; write for example 1024x1024")
+    return tuple(sizes)
+
+
+def encode(clip, text: str) -> list:
+    """Text -> CONDITIONING, as the host's text encode node does."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def prompt_list(clip, prompts: str, positive: list | None) -> list[list]:
+    """One CONDITIONING per non-empty line and per entry of `positive`."""
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if lines and clip is None:
+        raise ValueError("prompts are written, but no CLIP is connected; connect one, or connect `positive` instead")
+    return [encode(clip, line) for line in lines] + [[entry] for entry in positive or []]
+
+
+class CalibrateDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="DiTQuantCalibrate",
+            display_name="Calibrate DiT",
+            description="Samples your prompts and records how the activations of every layer drift with the noise.",
+            search_aliases=["quantize", "calibration", "int8", "w8a8", "w4a8", "htg", "ptq"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model to quantize, LoRAs already applied if they should be merged."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts below."),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Calibration prompts as a conditioning; every entry is one prompt.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt; empty text if not connected."
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt per line. 16 prompts like the ones you will use are enough; 64 are better.",
+                ),
+                io.String.Input(
+                    "sizes", default="1024x1024", tooltip="Picture sizes, taken in turn: 1024x1024, 768x1344"
+                ),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="As many steps as you will sample with."),
+                io.Float.Input("cfg", default=4.5, min=0.0, max=100.0, step=0.1),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False),
+                io.Float.Input(
+                    "memory_gb",
+                    default=2.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="Main memory for covariances, which calibrated rounding needs. 0 switches it off.",
+                ),
+            ],
+            outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        prompts,
+        sizes,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        seed,
+        memory_gb,
+        clip=None,
+        positive=None,
+        negative=None,
+    ) -> io.NodeOutput:
+        conditions = prompt_list(clip, prompts, positive)
+        if negative is None:
+            if clip is None and cfg != 1.0:
+                raise ValueError("connect `negative` (or a CLIP, to encode an empty one): cfg is not 1")
+            negative = encode(clip, "") if clip is not None else [conditions[0][0]] if conditions else []
+        settings = Settings(parse_sizes(sizes), steps, cfg, sampler_name, scheduler, seed, memory_gb)
+        bar = comfy.utils.ProgressBar(max(len(conditions), 1) * steps, node_id=cls.hidden.unique_id)
+        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+        def step(done: int, total: int, denoised) -> None:
+            preview = (
+                previewer.decode_latent_to_preview_image("JPEG", denoised)
+                if previewer and denoised is not None
+                else None
+            )
+            bar.update_absolute(done, total, preview)
+
+        notes: list[str] = []
+        result = calibrate(model, conditions, negative, settings, calibration_folder(), Progress(step, notes))
+        text = "\n".join(
+            [f"{len(result.layers)} layers, {len(conditions)} prompts, {len(result.sigmas)} noise levels", *notes]
+        )
+        return io.NodeOutput(result, text, ui=ui.PreviewText(text))

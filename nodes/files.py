@@ -1,0 +1,105 @@
+"""Save and load quantized models."""
+
+import json
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..quant_core.checkpoint import VERSION
+from ..quant_core.files import DamagedFile, read_header, write_tensors
+from .host.build import build_model, quantized_names
+from .host.paths import output_file
+from .host.weights import float_state, full_state, is_quantized, quantized_state
+from .schema import schema
+
+METADATA = "dit_quant"
+
+
+def smallest_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32 stored as bf16 or fp16 where that loses nothing: a bf16 checkpoint run in fp32 keeps its size."""
+    if tensor.dtype is not torch.float32:
+        return tensor
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).float(), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
+class SaveQuantizedDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="DiTQuantSave",
+            display_name="Save Quantized DiT",
+            description="Writes the quantized model; Load Quantized DiT needs no calibration.",
+            search_aliases=["save model", "export", "quantize", "int8"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("filename_prefix", default="diffusion_models/quantized_dit"),
+            ],
+            outputs=[io.String.Output(display_name="path")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix) -> io.NodeOutput:
+        if not is_quantized(model):
+            raise ValueError("the model is not quantized: connect the output of Quantize DiT")
+        layers = quantized_state(model)
+        floats = float_state(model, set(layers), model.model.get_dtype())
+        state = full_state(layers, {name: smallest_exact(value) for name, value in floats.items()})
+        metadata = {METADATA: json.dumps({"version": VERSION, "layers": len(layers)})}
+        if not args.disable_metadata:
+            if cls.hidden.prompt is not None:
+                metadata["prompt"] = json.dumps(cls.hidden.prompt)
+            metadata |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
+        path = output_file(filename_prefix)
+        write_tensors(path, state, metadata)
+        text = f"{path} ({path.stat().st_size / 2**20:.1f} MB)"
+        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+
+
+def load_quantized(path: Path):
+    """File -> MODEL. Raises DamagedFile for anything that is not one of our files, before the host sees it."""
+    header = read_header(path)
+    metadata = header.get("__metadata__") or {}
+    if METADATA not in metadata:
+        raise DamagedFile(f"{path.name}: not a quantized DiT of this pack; use Load Diffusion Model and Quantize DiT")
+    version = json.loads(metadata[METADATA]).get("version")
+    if version != VERSION:
+        raise DamagedFile(f"{path.name}: format version {version}, this pack reads {VERSION}; update the pack")
+    try:
+        state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception as error:
+        raise DamagedFile(f"{path.name}: {error}") from error
+    if not quantized_names(state):
+        raise DamagedFile(f"{path.name}: holds no quantized layer; save it again")
+    return build_model(state, None)
+
+
+class LoadQuantizedDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="DiTQuantLoad",
+            display_name="Load Quantized DiT",
+            description="Loads a model written by Save Quantized DiT.",
+            search_aliases=["load model", "unet loader", "quantize", "int8", "int4"],
+            inputs=[io.Combo.Input("file", options=folder_paths.get_filename_list("diffusion_models"))],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        path = folder_paths.get_full_path("diffusion_models", file)
+        stat = Path(path).stat() if path else None
+        return (file, stat.st_mtime_ns, stat.st_size) if stat else file
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        return io.NodeOutput(load_quantized(Path(folder_paths.get_full_path_or_raise("diffusion_models", file))))

@@ -1,0 +1,23 @@
+"""Where our files live among the host's folders."""
+
+from pathlib import Path
+
+import folder_paths
+
+CALIBRATION = "dit_quant_calibration"
+ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
+
+
+def calibration_folder() -> Path:
+    return Path(folder_paths.models_dir) / CALIBRATION
+
+
+def register() -> None:
+    """Adds our folder kinds to the host's list; the bundled model appears among the diffusion models."""
+    folder_paths.add_model_folder_path(CALIBRATION, str(calibration_folder()))
+
+
+def output_file(prefix: str) -> Path:
+    """The next free `<output>/<prefix>_00001_.safetensors`, like the host's own save nodes."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"

@@ -1,0 +1,109 @@
+"""Weights of a MODEL as its other nodes left them: LoRAs and merges applied, nothing rounded."""
+
+from collections.abc import Callable
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher, get_key_weight
+from torch import Tensor
+
+from ...quant_core.architectures import Family, select_layers
+from ...quant_core.checkpoint import layer_tensors
+from ...quant_core.fingerprint import tensor_fingerprint
+from ...quant_core.linear import QuantizedLinear, requantize
+from .build import quantized_layers
+from .layout import is_ours, unwrap
+
+PREFIX = "diffusion_model."
+
+
+def base_weight(patcher: ModelPatcher, key: str):
+    """(weight as loaded, function that makes it a float tensor), also while patches are applied in place."""
+    weight, _, convert = get_key_weight(patcher.model, key)
+    for backup, read in ((patcher.backup, lambda b: b.weight), (patcher.hook_backup, lambda b: b[0])):
+        if key in backup:
+            weight = read(backup[key])
+    return weight, convert
+
+
+def merged_weight(patcher: ModelPatcher, key: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """A parameter or buffer with every patch applied, on the CPU. dtype None keeps an unpatched tensor's own."""
+    weight, convert = base_weight(patcher, key)
+    patches = patcher.patches.get(key)
+    if patches is None and dtype is None and convert is None:
+        return weight.detach().cpu()
+    device = torch.device("cpu") if patches is None else patcher.load_device
+    value = comfy.model_management.cast_to_device(weight.detach(), device, None, copy=True)
+    value = convert(value, inplace=True) if convert is not None else value
+    if patches is not None:
+        value = comfy.lora.calculate_weight(patches, value.float(), key, intermediate_dtype=torch.float32)
+    return value.to(device="cpu", dtype=dtype if dtype is not None else value.dtype)
+
+
+def linears(patcher: ModelPatcher) -> dict[str, torch.nn.Module]:
+    """Every Linear of the diffusion model by name: the host's Linears need not derive from torch's."""
+    return {
+        name: module
+        for name, module in patcher.model.diffusion_model.named_modules()
+        if hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features") and hasattr(module, "weight")
+    }
+
+
+def select(patcher: ModelPatcher) -> tuple[dict[str, torch.nn.Module], dict[str, str], Family | None]:
+    """Linears to round, those to keep with the reason, and the family. Raises NotADiT."""
+    found = linears(patcher)
+    features = {name: (module.out_features, module.in_features) for name, module in found.items()}
+    parameters = [name for name, _ in patcher.model.diffusion_model.named_parameters()]
+    chosen, kept, family = select_layers(features, parameters)
+    return {name: found[name] for name in chosen}, kept, family
+
+
+def weight_loaders(patcher: ModelPatcher, names) -> dict[str, Callable[[], Tensor]]:
+    """Layer name -> function that merges its weight, so that one is in memory at a time."""
+    return {name: (lambda key=f"{PREFIX}{name}.weight": merged_weight(patcher, key)) for name in names}
+
+
+def fingerprints(patcher: ModelPatcher, names) -> dict[str, str]:
+    """Identity of every layer's merged weight."""
+    return {name: tensor_fingerprint(load()) for name, load in weight_loaders(patcher, names).items()}
+
+
+def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every other tensor of the diffusion model, patches applied. `without`: layers whose weight is left out."""
+    model = patcher.model.diffusion_model
+    skip = {f"{name}.weight" for name in without}
+    buffers = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    names = [*(name for name, _ in model.named_parameters()), *sorted(buffers)]
+    state = {}
+    for name in names:
+        if name not in skip:
+            value = merged_weight(patcher, f"{PREFIX}{name}", None)
+            state[name] = value.to(dtype) if value.is_floating_point() else value
+    return state
+
+
+def quantized_state(patcher: ModelPatcher) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a MODEL, with the LoRAs applied after quantization worked in."""
+    layers = {}
+    for name in quantized_layers(patcher.model.diffusion_model):
+        key = f"{PREFIX}{name}.weight"
+        weight, _ = base_weight(patcher, key)
+        layer = unwrap(weight).map(lambda tensor: tensor.cpu())
+        if key in patcher.patches:
+            layer = requantize(merged_weight(patcher, key), layer, seed=comfy.utils.string_to_seed(key))
+        layers[name] = layer
+    return layers
+
+
+def is_quantized(patcher: ModelPatcher) -> bool:
+    return any(is_ours(p) for p in patcher.model.diffusion_model.parameters())
+
+
+def full_state(layers: dict[str, QuantizedLinear], floats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Quantized layers and the rest as one state dict in the host's key names."""
+    state = dict(floats)
+    for name, layer in layers.items():
+        state.update(layer_tensors(name, layer))
+    return state

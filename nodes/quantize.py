@@ -1,0 +1,80 @@
+"""Quantize DiT: rounds a MODEL's layers and returns a MODEL that every other node accepts."""
+
+import re
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..quant_core.schemes import PRESETS
+from .host.quantized import quantize
+from .host.weights import select
+from .schema import CalibrationType, schema
+
+
+def skip_matching(names, patterns: str) -> dict[str, str]:
+    """Layers whose name matches a line of `patterns` (regular expressions), with the reason."""
+    skipped = {}
+    for line in filter(None, (line.strip() for line in patterns.splitlines())):
+        try:
+            pattern = re.compile(line)
+        except re.error as error:
+            raise ValueError(f"skip_layers: {line!r} is not a regular expression ({error})") from error
+        skipped |= {name: f"skip_layers {line}" for name in names if pattern.search(name)}
+    return skipped
+
+
+class QuantizeDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="DiTQuantQuantize",
+            display_name="Quantize DiT",
+            description="Rounds the model to 8 or 4 bits with the calibration. LoRAs on the input are merged first.",
+            search_aliases=["quantize", "int8", "int4", "w8a8", "w4a8", "htg", "ptq", "low vram"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that was calibrated, with the same LoRAs."),
+                CalibrationType.Input("calibration", optional=True, tooltip="Needed by every preset but rtn_*."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default="W8A8",
+                    tooltip="W8A8: half the size. W4A8: about 0.3 of it. htg_paper: as published. rtn_*: uncalibrated.",
+                ),
+                io.Int.Input(
+                    "group_size",
+                    default=64,
+                    min=16,
+                    max=256,
+                    step=16,
+                    advanced=True,
+                    tooltip="4-bit presets: weights that share a scale. Smaller is better and larger on disk.",
+                ),
+                io.String.Input(
+                    "skip_layers",
+                    multiline=True,
+                    default="",
+                    advanced=True,
+                    tooltip="Regular expressions, one per line: layers to keep in floating point.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, preset, group_size, skip_layers, calibration=None) -> io.NodeOutput:
+        scheme = PRESETS[preset]
+        if scheme.weights.bits == 4:
+            weights = scheme.weights.with_options(group_size=group_size)
+            scheme = scheme.with_options(weights=weights)
+        layers, _, _ = select(model)
+        bar = comfy.utils.ProgressBar(len(layers), node_id=cls.hidden.unique_id)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        result, report = quantize(model, scheme, calibration, skip_matching(layers, skip_layers), progress)
+        text = report.text()
+        return io.NodeOutput(result, text, ui=ui.PreviewText(text))

@@ -1,0 +1,57 @@
+"""Which Linears of a model to round."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from .family import Family, family_of
+from .sd3 import SD3
+
+FAMILIES: tuple[Family, ...] = (SD3,)
+
+SMALLEST = 32
+UNET = re.compile(r"(^|\.)(input_blocks\.\d+\.0\.(in_layers|op)|down_blocks\.\d+\.resnets)\b")
+NUMBERED = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.\d+\.(?P<inner>.+)$")
+KEEP = (
+    (r"(^|\.)(\w*mod(ulation)?|adaLN\w*|adaln\w*)(\.|$)", "modulation: one token per call, and sensitive"),
+    (r"(^|\.)norm\w*\.linear$", "modulation: one token per call, and sensitive"),
+    (r"(embed|gate_logits|router)", "embedder, gate or router"),
+)
+
+
+class NotADiT(ValueError):  # noqa: N818 - reads better in a traceback
+    """The model has no repeated transformer blocks made of Linear layers."""
+
+
+def select_layers(
+    linears: Mapping[str, tuple[int, int]], parameters: Iterable[str]
+) -> tuple[list[str], dict[str, str], Family | None]:
+    """linears: name -> (N, K) of every Linear. -> (names to round, kept ones with the reason, the family or None).
+
+    Unknown families: the Linears of numbered blocks that are not modulation, embedders or gates.
+    Raises NotADiT for a UNet, or when nothing is left.
+    """
+    names = list(parameters)
+    if any(UNET.search(name) for name in names):
+        raise NotADiT("this is a UNet: its convolutions stay in floating point and nothing would be gained; load a DiT")
+    family = family_of(names, FAMILIES)
+    chosen, kept = [], {}
+    for name, (N, K) in linears.items():
+        reason = family.reason_to_keep(name) if family else _generic_reason(name)
+        if reason is None and min(N, K) < SMALLEST:
+            reason = f"tiny: [{N}, {K}]"
+        if reason is None:
+            chosen.append(name)
+        else:
+            kept[name] = reason
+    if not chosen:
+        raise NotADiT(
+            f"no DiT blocks with Linear layers found among {len(linears)} Linears; "
+            "Diffusion Transformers such as SD3, Flux or Wan are supported"
+        )
+    return chosen, kept, family
+
+
+def _generic_reason(name: str) -> str | None:
+    if NUMBERED.match(name) is None:
+        return "outside the transformer blocks"
+    return next((reason for pattern, reason in KEEP if re.search(pattern, name)), None)
