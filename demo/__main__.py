@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dit_quant.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write to (%(default)s)")
-    parser.add_argument("--calibration", type=int, default=32, help="prompts to calibrate on (%(default)s)")
-    parser.add_argument("--evaluation", type=int, default=16, help="other prompts to compare on (%(default)s)")
+    parser.add_argument("--calibration", type=positive, default=32, help="prompts to calibrate on (%(default)s)")
+    parser.add_argument("--evaluation", type=positive, default=16, help="other prompts to compare on (%(default)s)")
     parser.add_argument("--steps", type=positive, default=28, help="sampling steps (%(default)s)")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the model and its prompts (bundled)")
     return parser.parse_args(argv)

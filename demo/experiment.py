@@ -75,8 +75,8 @@ def split_prompts(table: PromptTable, calibration: int, evaluation: int) -> tupl
 
 
 def _spread(names: list[str], count: int, use: str) -> list[str]:
-    if not 1 <= count <= len(names):
-        raise ValueError(f"{count} {use} prompts asked for; the bundled table offers 1 to {len(names)}")
+    if not 0 <= count <= len(names):
+        raise ValueError(f"{count} {use} prompts were asked for, the word table has {len(names)} for that use")
     return [names[i * len(names) // count] for i in range(count)]
 
 

@@ -1,5 +1,7 @@
 """The one home of scale, rounding, clamping and nibble order. Everything else imports from here."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,12 @@ def decode_int4(packed: Tensor, multiplier: Tensor, zero: Tensor | None) -> Tens
     return ((scaled + half) >> INT4_SHIFT).clamp(-INT8_MAX, INT8_MAX).to(torch.int8).flatten(1)
 
 
-def hadamard(order: int, dtype: torch.dtype = torch.float32) -> Tensor:
+@lru_cache(maxsize=32)
+def hadamard(order: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """Regular Hadamard matrix [order, order] / sqrt(order), order a power of 4: orthogonal and symmetric.
 
     Kronecker powers of the 4x4 matrix without an all-ones column, so that no coefficient collects the
-    mean of its block (ConvRot, arXiv 2512.03673).
+    mean of its block (ConvRot, arXiv 2512.03673). Cached: do not write into it.
     """
     base = torch.ones(4, 4, dtype=torch.float64) - 2 * torch.eye(4, dtype=torch.float64).flip(0)
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -71,7 +74,7 @@ def hadamard(order: int, dtype: torch.dtype = torch.float32) -> Tensor:
         matrix = torch.kron(matrix, base / 2)
     if matrix.shape[0] != order:
         raise ValueError(f"Hadamard block {order} is not a power of 4; choose 16, 64 or 256")
-    return matrix.to(dtype)
+    return matrix.to(dtype=dtype, device=device)
 
 
 def rotate(x: Tensor, order: int) -> Tensor:
@@ -79,4 +82,4 @@ def rotate(x: Tensor, order: int) -> Tensor:
     if order == 1:
         return x
     blocks = x.unflatten(-1, (-1, order))
-    return (blocks @ hadamard(order, torch.float64).to(x)).flatten(-2)
+    return (blocks @ hadamard(order, x.dtype, x.device)).flatten(-2)

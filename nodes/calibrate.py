@@ -47,32 +47,45 @@ class CalibrateDiT(io.ComfyNode):
             description="Samples your prompts and records how the activations of every layer drift with the noise.",
             search_aliases=["quantize", "calibration", "int8", "w8a8", "w4a8", "htg", "ptq"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model to quantize, LoRAs already applied if they should be merged."
-                ),
+                io.Model.Input("model", tooltip="The model to quantize, with the LoRAs that are to be merged."),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts below."),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="Calibration prompts as a conditioning; every entry is one prompt.",
+                    tooltip="Prompts as a conditioning; every entry is one prompt.",
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt; empty text if not connected."
-                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Negative prompt; empty if not connected."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
                     tooltip="One prompt per line. 16 prompts like the ones you will use are enough; 64 are better.",
                 ),
-                io.String.Input(
-                    "sizes", default="1024x1024", tooltip="Picture sizes, taken in turn: 1024x1024, 768x1344"
-                ),
+                io.String.Input("sizes", default="1024x1024", tooltip="Sizes, taken in turn: 1024x1024, 768x1344"),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="As many steps as you will sample with."),
-                io.Float.Input("cfg", default=4.5, min=0.0, max=100.0, step=0.1),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler"),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple"),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False),
+                io.Float.Input(
+                    "cfg", default=4.5, min=0.0, max=100.0, step=0.1, tooltip="The guidance you will sample with."
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="Decides which noise levels are seen; any other sampler works with the result too.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="The spacing of the noise levels; any other scheduler works with the result too.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Noise of the first prompt; each further prompt takes the next seed.",
+                ),
                 io.Float.Input(
                     "memory_gb",
                     default=2.0,
@@ -113,11 +126,9 @@ class CalibrateDiT(io.ComfyNode):
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
         def step(done: int, total: int, denoised) -> None:
-            preview = (
-                previewer.decode_latent_to_preview_image("JPEG", denoised)
-                if previewer and denoised is not None
-                else None
-            )
+            preview = None
+            if previewer is not None and denoised is not None:
+                preview = previewer.decode_latent_to_preview_image("JPEG", denoised)
             bar.update_absolute(done, total, preview)
 
         notes: list[str] = []

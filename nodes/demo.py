@@ -16,7 +16,7 @@ class LoadEmojiDiT(io.ComfyNode):
         return schema(
             node_id="DiTQuantLoadEmoji",
             display_name="Load Emoji DiT (demo)",
-            description="The small trained DiT that ships with the pack, to try the nodes without downloading anything.",
+            description="The small trained DiT that ships with the pack, to try the nodes without a download.",
             search_aliases=["demo", "emoji"],
             inputs=[],
             outputs=[io.Model.Output()],
@@ -76,7 +76,7 @@ class DecodeEmoji(io.ComfyNode):
             description="Turns the bundled DiT's space-to-depth latents into pictures; no VAE is needed.",
             search_aliases=["demo", "emoji", "vae decode"],
             inputs=[
-                io.Latent.Input("samples"),
+                io.Latent.Input("samples", tooltip="From KSampler."),
                 io.Model.Input("model", tooltip="For its latent scaling."),
                 io.Int.Input("zoom", default=8, min=1, max=32, tooltip="Enlarges every pixel."),
             ],

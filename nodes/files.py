@@ -38,8 +38,12 @@ class SaveQuantizedDiT(io.ComfyNode):
             description="Writes the quantized model; Load Quantized DiT needs no calibration.",
             search_aliases=["save model", "export", "quantize", "int8"],
             inputs=[
-                io.Model.Input("model"),
-                io.String.Input("filename_prefix", default="diffusion_models/quantized_dit"),
+                io.Model.Input("model", tooltip="From Quantize DiT; LoRAs added after it are worked in."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/quantized_dit",
+                    tooltip="Below the output folder. Load Quantized DiT lists what is in diffusion_models there.",
+                ),
             ],
             outputs=[io.String.Output(display_name="path")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -90,7 +94,13 @@ class LoadQuantizedDiT(io.ComfyNode):
             display_name="Load Quantized DiT",
             description="Loads a model written by Save Quantized DiT.",
             search_aliases=["load model", "unet loader", "quantize", "int8", "int4"],
-            inputs=[io.Combo.Input("file", options=folder_paths.get_filename_list("diffusion_models"))],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file in models/diffusion_models or output/diffusion_models.",
+                )
+            ],
             outputs=[io.Model.Output()],
         )
 

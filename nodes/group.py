@@ -18,7 +18,7 @@ class GroupTimesteps(io.ComfyNode):
             description="Splits the noise levels into groups that share quantization parameters.",
             search_aliases=["timestep groups", "htg", "clustering", "quantize"],
             inputs=[
-                CalibrationType.Input("calibration"),
+                CalibrationType.Input("calibration", tooltip="From Calibrate DiT."),
                 io.Int.Input("groups", default=0, min=0, max=64, tooltip="Number of groups; 0 lets the tree choose."),
                 io.Combo.Input(
                     "linkage",

@@ -34,11 +34,8 @@ def draw_grouping(calibration: Calibration, grouping: Grouping) -> torch.Tensor:
         for t, value in enumerate(_drift(calibration, name)):
             draw.rectangle((left + t * pitch, y, left + (t + 1) * pitch, y + ROW - 2), fill=_heat(value))
     _edges(draw, calibration, grouping, left, pitch, top, top + ROW * len(names))
-    draw.text(
-        (left, top + ROW * len(names) + 6),
-        "noisy  ->  clean; colour: distance of the mean input from its average",
-        fill=INK,
-    )
+    legend = "noisy  ->  clean; colour: distance of the mean input from its average"
+    draw.text((left, top + ROW * len(names) + 6), legend, fill=INK)
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .collector import Collector
 from .files import DamagedFile, read_tensors, write_tensors
 from .grouping import Grouping
@@ -93,7 +95,8 @@ def _layer_state(path: Path, tensors: dict, name: str, collector: Collector, bin
     state = {}
     for field, shape in shapes.items():
         tensor = tensors.get(f"{name}|{field}")
-        if tensor is None or tuple(tensor.shape) != shape:
-            raise DamagedFile(f"{path.name}: {name} {field} should be {list(shape)}")
+        dtype = torch.float64 if field in ("count", "total") else torch.float32
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise DamagedFile(f"{path.name}: {name} {field} should be {list(shape)} {dtype}")
         state[field] = tensor
     return state

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .files import DamagedFile
 from .linear import TENSOR_FIELDS, QuantizedLinear
+from .schemes import HADAMARD_ORDERS
 from .timesteps import TimestepGroups
 
 FORMAT_PREFIX = "dit_quant_"
@@ -25,6 +26,7 @@ def layer_config(w: QuantizedLinear) -> dict:
         "hadamard": w.hadamard,
         "symmetric": w.symmetric,
         "groups": w.groups.to_json(),
+        "tensors": list(w.tensors()),
     }
 
 
@@ -60,18 +62,22 @@ def layer_from_tensors(name: str, tensors: Mapping[str, Tensor], features: tuple
 
     Raises DamagedFile naming the layer and tensor that do not fit, or the unknown version.
     """
+    if f"{name}.{CONFIG_KEY}" not in tensors:
+        raise DamagedFile(f"{name}: tensor {name}.{CONFIG_KEY} is missing")
     config = parse_config(name, tensors[f"{name}.{CONFIG_KEY}"])
     if config.get("version") != VERSION:
         raise DamagedFile(f"{name}: format version {config.get('version')}, this pack reads {VERSION}; update the pack")
-    fields = {field: tensors.get(f"{name}.{suffix}") for field, suffix in SUFFIXES.items()}
     try:
         groups = TimestepGroups.from_json(config["groups"])
         hadamard, symmetric = int(config["hadamard"]), bool(config["symmetric"])
+        suffixes = {field: SUFFIXES[field] for field in ("qdata", "scale", *config["tensors"])}
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is incomplete ({error})") from error
-    for required in ("qdata", "scale"):
-        if fields[required] is None:
-            raise DamagedFile(f"{name}: tensor {name}.{SUFFIXES[required]} is missing")
+    # a table that got lost would otherwise mean a scheme without it, and a wrong picture
+    for suffix in suffixes.values():
+        if f"{name}.{suffix}" not in tensors:
+            raise DamagedFile(f"{name}: tensor {name}.{suffix} is missing")
+    fields = {field: tensors[f"{name}.{suffix}"] for field, suffix in suffixes.items()}
     w = QuantizedLinear(**fields, hadamard=hadamard, symmetric=symmetric, groups=groups)  # type: ignore[arg-type]
     check_layer(name, w, features, str(config.get("format")))
     return w
@@ -94,9 +100,9 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         "static_zero": ((T,), (torch.float32,)),
     }
     if w.multiplier is not None:
-        G = w.multiplier.shape[-1]
+        G = w.multiplier.shape[1] if w.multiplier.ndim == 2 else 0
         if G == 0 or K % G:
-            raise DamagedFile(f"{name}: {G} weight groups do not divide K={K}")
+            raise DamagedFile(f"{name}.{SUFFIXES['multiplier']}: {G} weight groups do not divide K={K}")
         expected["multiplier"] = expected["zero"] = ((N, G), (torch.uint8,))
     for field, tensor in w.tensors().items():
         shape, dtypes = expected[field]
@@ -104,6 +110,8 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
             raise DamagedFile(
                 f"{name}.{SUFFIXES[field]}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtypes[0]}"
             )
+    if w.hadamard not in HADAMARD_ORDERS or K % w.hadamard:
+        raise DamagedFile(f"{name}: Hadamard blocks of {w.hadamard} do not fit K={K}")
     if not w.symmetric and w.column_sum is None:
         raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
     if (w.shift is None) != (w.correction is None):

@@ -13,7 +13,8 @@ def tensor_fingerprint(tensor: Tensor) -> str:
     """Identity of a weight: its shape and SAMPLES evenly spaced values, rounded to bf16.
 
     Any change that touches the whole weight (training, a LoRA, a merge) shows; a single altered element may not.
-    bf16, so that the same checkpoint loaded in another precision keeps its identity.
+    bf16, so that a checkpoint stored in 16 bits keeps its identity when it is loaded in bf16 or fp32. An fp32
+    checkpoint loaded in fp16 is rounded twice and counts as another weight.
     """
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLES)

@@ -13,7 +13,8 @@ from .schemes import Shift
 from .timesteps import TimestepGroups, groups_from_sizes
 
 AUTO_UNEXPLAINED = 0.10
-AUTO_NEGLIGIBLE = 1e-3
+# a root-mean-square drift below one int8 step of the half-range cannot be seen by the codes
+AUTO_NEGLIGIBLE = (1 / 127) ** 2
 AUTO_MAX_GROUPS = 10
 
 
@@ -73,6 +74,7 @@ def merge_tree(features: NDArray, linkage: Linkage, weights: NDArray | None = No
         raise ValueError(f"features must be [T, D] with one weight per row, got {z.shape} and {w.shape}")
     if not np.isfinite(z).all() or not (w > 0).all():
         raise ValueError("features must be finite and weights positive")
+    z = z - z.mean(axis=0)  # a common offset would drown the drift in the squares
     gram = z @ z.T
     square = np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram  # [T, T] squared distances
     runs = [(t, t + 1) for t in range(len(z))]

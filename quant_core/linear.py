@@ -112,7 +112,7 @@ def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tens
         y = int8_linear(codes, w.qdata, **epilogue)
     else:
         y = int4_linear(codes, w.qdata, multiplier=w.multiplier, zero=w.zero, **epilogue)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], w.features[0])
 
 
 def codes_of(w: QuantizedLinear) -> Tensor:

@@ -17,7 +17,8 @@ from ..kernels.numerics import (
 from .schemes import Rounding, WeightArgs
 
 GPTQ_DAMP = 0.05
-GPTQ_BLOCK = 128
+# columns per batch: small enough that a rank-one update runs on one thread
+GPTQ_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Int8Grid:
     def decode(self, codes: Tensor, start: int) -> Tensor:
         """codes [N, k] -> fp32 values."""
         return codes.float() * self.scale
+
+    def columns(self, index: Tensor) -> "Columns":
+        """The columns named by index [k], laid out for GPTQ."""
+        return Columns(self.scale[:, 0].expand(len(index), -1), self.scale[:, 0])
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,43 @@ class Int4Grid:
     def decode(self, codes: Tensor, start: int) -> Tensor:
         """What the kernel computes, integer rounding of the second level included."""
         k = codes.shape[1]
-        half = 1 << (INT4_SHIFT - 1)
         fine = (codes.float() - self._origin(start, k)) * self._columns(self.multiplier, start, k).float()
-        return torch.floor((fine + half) / (1 << INT4_SHIFT)).clamp(-INT8_MAX, INT8_MAX) * self.scale
+        return second_level(fine) * self.scale
+
+    def columns(self, index: Tensor) -> "Columns":
+        """The columns named by index [k], laid out for GPTQ."""
+        group = index.to(self.scale.device) // self.group_size
+        multiplier = self.multiplier[:, group].T.float().contiguous()
+        origin = torch.full_like(multiplier, 8) if self.zero is None else self.zero[:, group].T.float().contiguous()
+        scale = self.scale[:, 0]
+        return Columns(scale * multiplier / (1 << INT4_SHIFT), scale, origin, multiplier)
 
 
 Grid = Int8Grid | Int4Grid
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A grid laid out column by column, for GPTQ: step [K, N]; origin and multiplier [K, N] for 4 bits; scale [N]."""
+
+    step: Tensor
+    scale: Tensor
+    origin: Tensor | None = None
+    multiplier: Tensor | None = None
+
+    def round(self, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """weight [N], column k -> (codes as fp32 [N], values [N]); agrees with the grid's encode and decode."""
+        if self.origin is None or self.multiplier is None:
+            codes = round_clamp(weight / self.step[k], -INT8_MAX, INT8_MAX)
+            return codes, codes * self.scale
+        codes = round_clamp(weight / self.step[k] + self.origin[k], 0, 15)
+        return codes, second_level((codes - self.origin[k]) * self.multiplier[k]) * self.scale
+
+
+def second_level(fine: Tensor) -> Tensor:
+    """(code - zero) multiplier in sixteenths -> int8 codes as fp32, rounded as `decode_int4` does."""
+    half = 1 << (INT4_SHIFT - 1)
+    return torch.floor((fine + half) / (1 << INT4_SHIFT)).clamp(-INT8_MAX, INT8_MAX)
 
 
 def int8_grid(weight: Tensor) -> Int8Grid:
@@ -110,40 +146,50 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, damp: float = GPTQ_DAMP) -
     GPTQ (arXiv 2210.17323): columns are rounded one by one, the error of each is spread over the
     later ones through the inverse Hessian; most important column first.
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8 if isinstance(grid, Int8Grid) else torch.uint8)
-    codes = codes.to(weight.device)
+    dtype = torch.int8 if isinstance(grid, Int8Grid) else torch.uint8
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     width = hessian.shape[1]
     for block, H in enumerate(hessian):
         start = block * width
         part = weight[:, start : start + width].float()
-        codes[:, start : start + width] = _gptq_block(part, H.to(weight.device).double(), grid, start, damp)
+        codes[:, start : start + width] = _gptq_block(part, H.to(weight.device).double(), grid, start, damp).to(dtype)
     return codes
 
 
 def _gptq_block(W: Tensor, H: Tensor, grid: Grid, offset: int, damp: float) -> Tensor:
-    """One diagonal block, in batches of GPTQ_BLOCK columns."""
+    """One diagonal block, in batches of GPTQ_BLOCK columns -> codes as fp32."""
     K = W.shape[1]
     dead = H.diagonal() <= 0
     H = H + torch.diag(dead.double() + damp * H.diagonal().mean().clamp(min=1e-12))
     order = torch.argsort(H.diagonal(), descending=True)
     W, H = W[:, order].clone(), H[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).float()
-    codes = torch.empty(W.shape, dtype=torch.int8 if isinstance(grid, Int8Grid) else torch.uint8, device=W.device)
-    position = (order + offset).tolist()
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(_factor(H, damp)), upper=True).float()
+    columns = grid.columns(order + offset)
+    rest, codes, errors = (
+        W.T.contiguous(),
+        torch.empty_like(W.T),
+        torch.empty_like(W.T),
+    )  # [K, N]: a column is contiguous
     for start in range(0, K, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, K)
-        errors = torch.zeros(W.shape[0], end - start, device=W.device)
         for k in range(start, end):
-            column = W[:, k : k + 1]
-            code = grid.encode(column, position[k])
-            codes[:, k : k + 1] = code
-            error = (column - grid.decode(code, position[k])) / inverse[k, k]
-            W[:, k:end] -= error * inverse[k, k:end]
-            errors[:, k - start : k - start + 1] = error
-        W[:, end:] -= errors @ inverse[start:end, end:]
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
+            codes[k], value = columns.round(rest[k], k)
+            errors[k] = (rest[k] - value) / inverse[k, k]
+            rest[k:end].addr_(inverse[k, k:end], errors[k], alpha=-1)
+        rest[end:] -= inverse[start:end, end:].T @ errors[start:end]
+    restored = torch.empty_like(W)
+    restored[:, order] = codes.T
     return restored
+
+
+def _factor(H: Tensor, damp: float) -> Tensor:
+    """Cholesky factor of H; ever more damping where fp32 cancellation (a large mean taken off) left it indefinite."""
+    for power in range(12):
+        factor, failed = torch.linalg.cholesky_ex(H)
+        if not int(failed):
+            return factor
+        H = H + torch.diag(10**power * damp * H.diagonal().abs().mean().expand(len(H)))
+    return torch.linalg.cholesky(H)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from enum import Enum
 
+HADAMARD_ORDERS = (1, 4, 16, 64, 256)
+
 
 class Granularity(Enum):
     """One scale for: the whole tensor, an output channel [N], a token [M], or a run of `group_size` columns."""
@@ -101,7 +103,7 @@ class QuantScheme:
     paper_roles: bool = False
 
     def __post_init__(self) -> None:
-        if self.hadamard not in (1, 4, 16, 64, 256):
+        if self.hadamard not in HADAMARD_ORDERS:
             raise ValueError(f"Hadamard block {self.hadamard} is not a power of 4 up to 256; choose 64 or 256")
         if self.hadamard > 1 and not self.activations.dynamic:
             raise ValueError("static activation ranges are measured before rotation; set hadamard=1 or per_token")

@@ -155,7 +155,8 @@ class TimestepState:
         high = self._knots.gather(1, (row + 1).clamp(max=self._knots.shape[1] - 1)[:, None])[:, 0]
         fraction = ((position - low) / (high - low)).clamp(0, 1)
         self.index.copy_(torch.where(self._smooth, row, piecewise))
-        self.fraction.copy_(torch.where(self._smooth, fraction, torch.zeros_like(fraction)))
+        # centres below the floor share a knot: 0 / 0 there must be 0, as in `locate`
+        self.fraction.copy_(torch.where(self._smooth & (high > low), fraction, torch.zeros_like(fraction)))
 
     def select(self, slot: int) -> tuple[Tensor, Tensor]:
         """(index [1], fraction [1]) of one partition, views of the shared memory."""

@@ -37,15 +37,17 @@ def drift(features: int, timesteps: int = 6, seed: int = 0) -> Drift:
     return Drift(sigmas, tuple(samples))
 
 
-def calibration_of(weights: Mapping[str, Tensor], *, timesteps: int = 6, block: int | None = None, grouping=None):
-    """A Calibration of layers with these weights [N, K], every one fed by its own drift."""
+def calibration_of(weights: Mapping[str, Tensor], *, timesteps: int = 6, covariance: int | None = None, grouping=None):
+    """A Calibration of layers with these weights [N, K], every one fed by its own drift (seed: its position)."""
     from dit_quant.quant_core.calibration import Calibration
     from dit_quant.quant_core.fingerprint import tensor_fingerprint
+    from dit_quant.quant_core.observers import covariance_block
 
     inputs = {name: drift(weight.shape[1], timesteps, seed) for seed, (name, weight) in enumerate(weights.items())}
+    blocks = {name: covariance and covariance_block(weight.shape[1], covariance) for name, weight in weights.items()}
     return Calibration(
         sigmas=next(iter(inputs.values())).sigmas,
-        layers={name: found.statistics(block and min(block, found.samples[0].shape[1])) for name, found in inputs.items()},
+        layers={name: found.statistics(blocks[name]) for name, found in inputs.items()},
         fingerprints={name: tensor_fingerprint(weight) for name, weight in weights.items()},
         silent={},
         flow=True,

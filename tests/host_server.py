@@ -195,11 +195,15 @@ class HostServer:
                 return _history(prompt_id, entry)
         raise AssertionError("unreachable")
 
-    def _request(self, path: str, body: dict | None = None) -> dict:
+    def read(self, path: str, body: dict | None = None) -> bytes:
+        """What the server answers to a GET, or to a POST of `body`."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with self._opener.open(request, timeout=60) as response:
-            text = response.read()
+            return response.read()
+
+    def _request(self, path: str, body: dict | None = None) -> dict:
+        text = self.read(path, body)
         return json.loads(text) if text else {}
 
     def _until(self, timeout: float, what: str) -> Iterator[None]:

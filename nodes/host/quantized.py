@@ -52,9 +52,8 @@ def quantize(
     state = full_state(rounded, float_state(patcher, set(rounded), dtype))
     built = build_model(state, None, dtype)
     if type(built.model) is not type(patcher.model):
-        raise CannotQuantize(
-            f"the host takes the quantized {type(patcher.model).__name__} for {type(built.model).__name__}; please report it"
-        )
+        was, became = type(patcher.model).__name__, type(built.model).__name__
+        raise CannotQuantize(f"the host takes the quantized {was} for a {became}; skip the layers that hold its shape")
     return carry_over(patcher, built), report
 
 

@@ -18,7 +18,7 @@ KEEP = (
 )
 
 
-class NotADiT(ValueError):  # noqa: N818 - reads better in a traceback
+class NotADiT(ValueError):
     """The model has no repeated transformer blocks made of Linear layers."""
 
 

@@ -55,6 +55,8 @@ def test_dynamic_rows_are_within_half_a_step(M, K, rows, symmetric):
         assert zero is None
     else:
         assert torch.equal(zero, zero.round())
+        # beyond, x / scale + zero would lose its fraction in fp32
+        assert (zero.abs() <= 2**15 + 127).all()
 
 
 def test_asymmetric_halves_the_step_of_one_sided_rows():
@@ -144,3 +146,12 @@ def test_rows_do_not_see_each_other():
     shuffled = quantize_activation(x[order], symmetric=False, **at())
     for a, b in zip((codes, scale, zero), shuffled, strict=True):
         assert torch.equal(a[order], b)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("value", [-1e4, -2.7, -1e-20, 1e-20, 1e-3, 0.3, 5.0, 1e30])
+def test_constant_rows_keep_their_value(value, symmetric):
+    """No spread to measure a step from: half of 1/127 or 1/254 of the value itself, never a step of 1."""
+    codes, scale, zero = quantize_activation(torch.full((7, 33), value), symmetric=symmetric, **at())
+    error = (restored(codes, scale, zero) - value).abs().max()
+    assert error <= 0.5001 * abs(value) / (127 if symmetric else 254)

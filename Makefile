@@ -1,0 +1,52 @@
+# Everything happens in .venv, which is made on first use. Nothing outside this folder is touched.
+#
+#   make demo     quantizes the bundled DiT; writes demo_output/comparison.png and demo_output/report.json
+#   make test     the test suite; host tests run where a ComfyUI is found (COMFYUI_PATH, or ~/ComfyUI)
+#   make check    linter, formatter, type checker
+#
+# Without make, and on Windows:
+#
+#   python -m venv .venv
+#   .venv\Scripts\activate                     (Linux, macOS: . .venv/bin/activate)
+#   python -m pip install torch==2.13.0
+#   python -m pip install -e .[test]
+#   python -m dit_quant.demo                   (make demo)
+#   python -m pytest                           (make test)
+#
+# On Linux, PyPI's torch brings CUDA along. The CPU build is smaller and does for all of this:
+#
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+# pinned for .venv only: no requirement of the pack itself names torch
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/python -m dit_quant.demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv demo_output build *.egg-info
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+# the extra brings node as a wheel, so that pyright downloads nothing when it runs
+.venv/installed-dev: .venv/installed
+	$(INSTALL) -e '.[dev]' 'pyright[nodejs]'
+	touch $@

@@ -1,0 +1,93 @@
+"""Nodes that only the host tests use; conftest copies this file into custom_nodes before the server starts."""
+
+import json
+from pathlib import Path
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import folder_paths
+from comfy.patcher_extension import WrappersMP
+
+TINY_UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 64,
+    "num_heads": -1,
+    "num_head_channels": 32,
+    "use_spatial_transformer": True,
+}
+
+
+class Trace:
+    """Writes [sigma, group indices, fractions] of every model call, as the model left them, to a file."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "trace"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802 - the host's name
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {})}}
+
+    def trace(self, model, name):
+        path = Path(folder_paths.get_output_directory()) / "traces" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+
+        def record(executor, x, t, *args, **kwargs):
+            output = executor(x, t, *args, **kwargs)
+            state = executor.class_obj.dit_quant_state
+            with path.open("a") as file:
+                file.write(json.dumps([float(t[0]), state.index.tolist(), state.fraction.tolist()]) + "\n")
+            return output
+
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "dit_quant_test_trace", record)
+        return (clone,)
+
+
+class Again:
+    """Hands a MODEL on; another `nonce` is another input for the host's cache of outputs."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "again"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "nonce": ("INT", {})}}
+
+    def again(self, model, nonce):
+        return (model,)
+
+
+class TinyUNet:
+    """A MODEL of convolutions, with random weights."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "build"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {}}
+
+    def build(self):
+        config = comfy.supported_models.SD15(dict(TINY_UNET))
+        config.custom_operations = comfy.ops.manual_cast
+        model = comfy.model_base.BaseModel(config)
+        device = comfy.model_management.get_torch_device()
+        return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
+
+
+NODE_CLASS_MAPPINGS = {"DiTQuantTestTrace": Trace, "DiTQuantTestAgain": Again, "DiTQuantTestUNet": TinyUNet}

@@ -1,0 +1,105 @@
+"""Wrong input ends in an error that names the thing and the remedy, at the node that got it."""
+
+import host_prompts as p
+import pytest
+import torch
+from host_location import ROOT
+from host_server import PromptFailed
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.host
+
+GROUPED = p.calibrate() | p.group()
+MODULE = "joint_blocks.1.x_block.mlp.fc1.weight"
+
+
+def loader(name: str) -> dict:
+    return {"model": p.node("UNETLoader", unet_name=f"{name}.safetensors", weight_dtype="default")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variants(host_server):
+    """Copies of the bundled checkpoint: one broken, one slightly other, one with dead channels."""
+    original = load_file(ROOT / "demo" / "assets" / "emoji_dit.safetensors")
+    folder = host_server.models / "diffusion_models"
+    infinite = original[MODULE].clone()
+    infinite[3, 5] = torch.inf
+    save_file(original | {MODULE: infinite}, folder / "infinite.safetensors")
+    save_file(original | {MODULE: original[MODULE] * 1.5}, folder / "other.safetensors")
+    dead, dead_bias = original[MODULE].clone(), original[MODULE.replace("weight", "bias")].clone()
+    dead[:64], dead_bias[:64] = 0, 0
+    save_file(
+        original | {MODULE: dead, MODULE.replace("weight", "bias"): dead_bias}, folder / "dead_channels.safetensors"
+    )
+
+
+CASES = {
+    "no prompts": (p.calibrate(positive=None), "no calibration prompts: write at least one"),
+    "no negative": (p.calibrate(negative=None), "connect `negative`"),
+    "prompts without CLIP": (p.calibrate(prompts="a lion"), "no CLIP is connected; connect one"),
+    "size": (p.calibrate(sizes="128x128, wide"), "'wide' is not WIDTHxHEIGHT.*write for example"),
+    "no size": (p.calibrate(sizes=" , "), "no latent size given"),
+    "tiny size": (p.calibrate(sizes="8x8"), "'8x8' is not WIDTHxHEIGHT of at least 16x16"),
+    "too many groups": (p.calibrate() | p.group(groups=64), "64 groups do not fit 8 timesteps; choose 1 to 8"),
+    "regular expression": (
+        GROUPED | p.quantize(skip_layers="fine\nqkv("),
+        r"skip_layers: 'qkv\(' is not a regular expression",
+    ),
+    "no calibration": (
+        p.quantize("W8A8", calibration=None),
+        "W8A8 needs a calibration; connect Calibrate DiT, or choose an rtn preset",
+    ),
+    "paper without calibration": (p.quantize("htg_paper", calibration=None), "htg_paper needs a calibration"),
+    "quantized twice": (
+        p.quantize("rtn_w8a8", calibration=None, name="once") | p.quantize("rtn_w8a8", "once", None),
+        "quantized already; connect the full-precision model",
+    ),
+    "everything skipped": (p.quantize("rtn_w8a8", calibration=None, skip_layers="."), "every layer was skipped"),
+    "float model saved": (p.save("model", "float"), "not quantized: connect the output of Quantize DiT"),
+    "infinite activations": (
+        loader("infinite") | p.calibrate(),
+        r"joint_blocks\.1\.x_block\.mlp\.fc2: the input holds NaN or infinity at sigma",
+    ),
+    "infinite weight": (
+        loader("infinite") | p.quantize("rtn_w4a8", calibration=None),
+        r"joint_blocks\.1\.x_block\.mlp\.fc1: the weight holds NaN or infinity; the checkpoint is damaged",
+    ),
+    "calibration of other weights": (
+        loader("other") | p.bundled("bundled") | p.calibrate("bundled") | p.quantize(calibration="calibration"),
+        r"joint_blocks\.1\.x_block\.mlp\.fc1: the weight changed since calibration .*run Calibrate DiT",
+    ),
+    "UNet quantized": (
+        {"model": p.node("DiTQuantTestUNet")} | p.quantize("rtn_w8a8", calibration=None),
+        "this is a UNet.*load a DiT",
+    ),
+    "UNet calibrated": ({"model": p.node("DiTQuantTestUNet")} | p.calibrate(), "this is a UNet.*load a DiT"),
+}
+
+
+def sink(fragment: dict) -> dict:
+    """Something that asks for the last node's output."""
+    *_, (name, last) = fragment.items()
+    if last["class_type"] == "DiTQuantQuantize":
+        return p.sample(name, "bad")
+    if last["class_type"] == "DiTQuantSave":
+        return {}
+    return {"shown": p.node("PreviewAny", source=p.link(name))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_has_its_own_error(host_server, case):
+    fragment, message = CASES[case]
+    with pytest.raises(PromptFailed, match=message) as failure:
+        host_server.run(p.BASE | fragment | sink(fragment))
+    *_, last = fragment.values()
+    assert failure.value.node_type == last["class_type"]
+    assert failure.value.message == "node raised"
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W4A8", "htg_paper"])
+def test_channels_without_range_are_harmless(host_server, preset):
+    """64 dead channels in front of a GELU: their activations are always 0."""
+    prompt = p.BASE | loader("dead_channels") | GROUPED | p.quantize(preset)
+    latents = host_server.latents(host_server.run(prompt | p.sample("model", "full") | p.sample("quantized", "dead")))
+    assert bool(torch.isfinite(latents["dead"]).all())
+    assert (latents["dead"] - latents["full"]).norm() < 0.3 * latents["full"].norm()

@@ -1,0 +1,108 @@
+"""Save Quantized DiT and Load Quantized DiT: the same bits in another process, small files, clear refusals."""
+
+import json
+import struct
+from math import prod
+
+import host_prompts as p
+import pytest
+import torch
+from host_location import ROOT
+from host_server import PromptFailed
+
+pytestmark = pytest.mark.host
+
+ASSETS = ROOT / "demo" / "assets"
+SIZES = {"W8A8": 0.55, "W4A8": 0.35}
+
+
+def header(path) -> dict:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))
+
+
+@pytest.fixture(scope="module")
+def reloaded(presets, fresh_server):
+    """Latents of the saved presets, loaded in a process that has never seen them."""
+    names = ("W8A8", "W4A8", "htg_paper")
+    prompt = p.texts()
+    for name in names:
+        prompt |= p.load(name, f"{name} model") | p.sample(f"{name} model", f"{name} reloaded")
+    latents = fresh_server.latents(fresh_server.run(prompt))
+    return {name: latents[f"{name} reloaded"] for name in names}
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W4A8", "htg_paper"])
+def test_fresh_process_gives_the_same_bits(presets, reloaded, preset):
+    assert torch.equal(reloaded[preset], presets.latents[preset])
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_layers_are_as_small_as_their_bits_say(presets, preset):
+    original = header(ASSETS / "emoji_dit.safetensors")
+    saved = header(presets.file(preset))
+    layers = [key.removesuffix(".comfy_quant") for key in saved if key.endswith(".comfy_quant")]
+    assert len(layers) == 29
+    ours = bf16 = 0
+    for name in layers:
+        parts = {key.removeprefix(f"{name}."): entry for key, entry in saved.items() if key.startswith(f"{name}.")}
+        parts.pop("bias")
+        assert all(part in ("weight", "comfy_quant") or part.startswith("weight_") for part in parts)
+        ours += sum(end - begin for begin, end in (entry["data_offsets"] for entry in parts.values()))
+        bf16 += 2 * prod(original[f"{name}.weight"]["shape"])
+    assert ours <= SIZES[preset] * bf16
+    floats = {key for key in saved if key.partition(".weight")[0].removesuffix(".bias") not in layers}
+    assert floats - {"__metadata__"} - {f"{name}.comfy_quant" for name in layers} == {
+        key for key in original if key.rpartition(".")[0] not in layers
+    } - {"__metadata__"}
+
+
+def test_file_carries_its_recipe(presets):
+    metadata = header(presets.file("W8A8"))["__metadata__"]
+    assert json.loads(metadata["dit_quant"])["layers"] == 29
+    assert json.loads(metadata["prompt"])["calibration"]["class_type"] == "DiTQuantCalibrate"
+
+
+def test_stock_loader_refuses(presets, host_server):
+    """A KeyError of the host's is fine, a picture is not."""
+    prompt = p.texts() | {"model": p.node("UNETLoader", unet_name=p.saved_name("W8A8"), weight_dtype="default")}
+    with pytest.raises(PromptFailed, match="dit_quant_w8a8"):
+        host_server.run(prompt | p.sample("model", "stock"))
+    assert not list((host_server.output / "latents").glob("stock*"))
+
+
+BAD_FILES = {
+    "truncated": "cut off",
+    "oversized header": "claims a header of 18446744073709551615 bytes",
+    "text": "not a safetensors file",
+    "short": "too few for a safetensors file",
+    "plain": "not a quantized DiT of this pack",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(presets, host_server):
+    good = presets.file("W8A8").read_bytes()
+    contents = {
+        "truncated": good[: len(good) // 2],
+        "oversized header": b"\xff" * 8 + good[8:],
+        "text": b"This is a text file, whatever its name says.\n" * 20,
+        "short": b"\x00" * 5,
+        "plain": (ASSETS / "emoji_dit.safetensors").read_bytes(),
+    }
+    for name, content in contents.items():
+        (host_server.models / "diffusion_models" / p.saved_name(name)).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_has_its_own_error(bad_files, host_server, name):
+    with pytest.raises(PromptFailed, match=BAD_FILES[name]) as failure:
+        host_server.run(p.texts() | p.load(name) | p.sample("quantized", "bad"))
+    assert failure.value.node_type == "DiTQuantLoad"
+    assert p.saved_name(name) in failure.value.exception_message
+
+
+def test_server_works_after_bad_files(bad_files, presets, host_server):
+    history = host_server.run(p.texts() | p.load("W8A8") | p.sample("quantized", "recovered"))
+    assert torch.equal(host_server.latents(history)["recovered"], presets.latents["W8A8"])

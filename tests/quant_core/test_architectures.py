@@ -1,0 +1,91 @@
+"""The SD3 spec against the network that it describes, and the choice of layers."""
+
+import pytest
+import torch
+from dit_quant.demo.emoji_dit import DiTConfig, EmojiDiT
+from dit_quant.quant_core.architectures import FAMILIES, NotADiT, Role, family_of, select_layers
+from dit_quant.quant_core.architectures.sd3 import SD3
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def linears():
+    with torch.device("meta"):
+        model = EmojiDiT(DiTConfig(depth=2))
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: (m.out_features, m.in_features) for name, m in found.items()}, set(model.state_dict())
+
+
+def test_marker_finds_the_family_and_nothing_else(linears):
+    _, keys = linears
+    assert family_of(keys, FAMILIES) is SD3
+    assert family_of([], FAMILIES) is None
+    assert family_of(["double_blocks.0.img_attn.qkv.weight"], FAMILIES) is None
+
+
+def test_every_linear_is_rounded_or_kept_for_a_reason(linears):
+    shapes, keys = linears
+    chosen, kept, family = select_layers(shapes, keys)
+    assert family is SD3
+    assert set(chosen) | set(kept) == set(shapes)
+    assert not set(chosen) & set(kept)
+    assert all(kept.values())
+    # 2 blocks x 2 streams x (qkv, proj, fc1, fc2), the last text block has qkv only
+    assert len(chosen) == 2 * 2 * 4 - 3
+    assert not any("adaLN" in name or "embedder" in name or "final_layer" in name for name in chosen)
+
+
+def test_every_chosen_layer_has_the_role_of_its_producer(linears):
+    shapes, keys = linears
+    chosen, _, _ = select_layers(shapes, keys)
+    roles = {"qkv": Role.MODULATED, "fc1": Role.MODULATED, "proj": Role.ATTENTION, "fc2": Role.ACTIVATED}
+    assert {name: SD3.role(name) for name in chosen} == {name: roles[name.rpartition(".")[2]] for name in chosen}
+
+
+def test_every_name_of_the_spec_exists_in_the_network(linears):
+    shapes, _ = linears
+    own = {name.removeprefix("joint_blocks.0.") for name in shapes if name.startswith("joint_blocks.0.")}
+    for site in SD3.sites:
+        if any("attn2" in name for name in site.consumers):  # SD3.5 medium only
+            continue
+        names = {*site.consumers, *site.values, *([site.modulation[0]] if site.modulation else [])}
+        assert names <= own
+
+
+@pytest.mark.parametrize(
+    "name", ["final_layer.linear", "x_embedder.proj", "context_embedder", "joint_blocks.x.mlp.fc1"]
+)
+def test_outside_the_blocks_everything_is_kept(name):
+    assert SD3.split(name) is None
+    assert SD3.role(name) is Role.OTHER
+    assert "outside" in SD3.reason_to_keep(name)
+
+
+def test_block_and_rest_are_split():
+    assert SD3.split("joint_blocks.12.x_block.mlp.fc1") == ("joint_blocks.12", "x_block.mlp.fc1")
+
+
+def test_unknown_transformers_are_rounded_in_their_blocks_only():
+    shapes = {
+        "patch_in": (64, 64),
+        "blocks.0.attn.to_q": (64, 64),
+        "blocks.0.ff.net.0": (256, 64),
+        "blocks.0.adaLN_modulation.1": (384, 64),
+        "blocks.0.tiny": (16, 64),
+        "final": (64, 64),
+    }
+    chosen, kept, family = select_layers(shapes, [f"{name}.weight" for name in shapes])
+    assert family is None
+    assert chosen == ["blocks.0.attn.to_q", "blocks.0.ff.net.0"]
+    assert "modulation" in kept["blocks.0.adaLN_modulation.1"]
+    assert "outside" in kept["final"]
+    assert "tiny" in kept["blocks.0.tiny"]
+
+
+def test_a_unet_and_a_model_without_blocks_are_refused():
+    with pytest.raises(NotADiT, match="UNet"):
+        select_layers({"blocks.0.fc": (64, 64)}, ["input_blocks.1.0.in_layers.2.weight"])
+    with pytest.raises(NotADiT, match="no DiT blocks"):
+        select_layers({"head": (64, 64)}, ["head.weight"])
+    with pytest.raises(NotADiT):
+        select_layers({}, [])

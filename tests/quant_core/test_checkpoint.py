@@ -1,0 +1,161 @@
+"""Layers on disk: bit-identical back, and every defect refused by name."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from dit_quant.quant_core.checkpoint import CONFIG_KEY, SUFFIXES, is_ours, layer_from_tensors, layer_tensors
+from dit_quant.quant_core.convert import LayerInput, quantize_weight
+from dit_quant.quant_core.files import DamagedFile, read_tensors, write_tensors
+from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, Granularity, Scale, WeightArgs
+from dit_quant.quant_core.timesteps import TimestepGroups
+from drift import drift
+
+N, K = 7, 192
+NAME = "joint_blocks.0.x_block.attn.qkv"
+GROUPS = TimestepGroups((0.7, 0.3), (0.9, 0.5, 0.1))
+FULL = PRESETS["W4A8"].with_options(scale=Scale.PAPER)
+SCHEMES = {
+    "W8A8": PRESETS["W8A8"],
+    "W4A8 asymmetric": PRESETS["W4A8"],
+    "W4A8 symmetric": PRESETS["W4A8"].with_options(weights=WeightArgs(4, 32)),
+    "W4A8 scaled": FULL,
+    "static": PRESETS["htg_paper"],
+    "static symmetric": PRESETS["htg_paper"].with_options(activations=ActivationArgs(Granularity.PER_TENSOR)),
+    "rtn": PRESETS["rtn_w8a8"],
+}
+
+
+def layer_of(scheme, groups=GROUPS):
+    found = drift(K, 6)
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+    return quantize_weight(NAME, weight, scheme, groups, LayerInput(found.sigmas, found.statistics(64)))[0]
+
+
+def assert_same(a, b):
+    assert a.tensors().keys() == b.tensors().keys()
+    for name, value in a.tensors().items():
+        other = getattr(b, name)
+        assert other.dtype is value.dtype
+        assert torch.equal(other, value)
+    assert (a.hadamard, a.symmetric, a.groups) == (b.hadamard, b.symmetric, b.groups)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
+def test_round_trip_through_a_file_is_bit_identical(scheme, tmp_path):
+    layer = layer_of(scheme)
+    write_tensors(tmp_path / "m.safetensors", layer_tensors(NAME, layer), {})
+    tensors, _ = read_tensors(tmp_path / "m.safetensors")
+    assert is_ours(tensors[f"{NAME}.{CONFIG_KEY}"])
+    assert_same(layer_from_tensors(NAME, tensors, (N, K)), layer)
+
+
+def test_interpolated_groups_round_trip():
+    groups = TimestepGroups((0.7000000000000001, 0.3), (0.9, 0.5, 1 / 3), False, True)
+    layer = layer_of(PRESETS["W8A8"], groups)
+    assert_same(layer_from_tensors(NAME, layer_tensors(NAME, layer), (N, K)), layer)
+
+
+def test_a_stock_loader_finds_an_unknown_format():
+    config = json.loads(layer_tensors(NAME, layer_of(FULL))[f"{NAME}.{CONFIG_KEY}"].numpy().tobytes())
+    assert config["format"] == "dit_quant_w4a8"
+
+
+def fields_of(scheme):
+    return list(layer_of(scheme).tensors())
+
+
+ALL_FIELDS = [("W4A8 scaled", f) for f in fields_of(FULL)] + [("static", f) for f in fields_of(SCHEMES["static"])]
+
+
+@pytest.mark.parametrize(("scheme", "field"), ALL_FIELDS)
+def test_a_missing_tensor_is_refused_by_name(scheme, field):
+    tensors = layer_tensors(NAME, layer_of(SCHEMES[scheme]))
+    key = f"{NAME}.{SUFFIXES[field]}"
+    del tensors[key]
+    with pytest.raises(DamagedFile, match=f"{key} is missing"):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+DAMAGE = {
+    "one row less": lambda t: t[:-1],
+    # not one: 4 weight groups would divide K too
+    "two columns more": lambda t: torch.cat([t, t[..., :1], t[..., :1]], dim=-1),
+    "flat": lambda t: t.reshape(-1)[:, None, None],
+    "scalar": lambda t: t.reshape(-1)[0],
+    "float64": lambda t: t.double(),
+    "int16": lambda t: t.to(torch.int16),
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("scheme", "field"), ALL_FIELDS)
+def test_a_wrong_shape_or_dtype_is_refused_by_name(scheme, field, damage):
+    tensors = layer_tensors(NAME, layer_of(SCHEMES[scheme]))
+    key = f"{NAME}.{SUFFIXES[field]}"
+    tensors[key] = DAMAGE[damage](tensors[key])
+    with pytest.raises(DamagedFile) as refusal:
+        layer_from_tensors(NAME, tensors, (N, K))
+    assert key in str(refusal.value)
+
+
+@pytest.mark.parametrize("features", [(N + 1, K), (N, K + 64), (K, N)])
+def test_a_layer_of_another_model_is_refused(features):
+    for scheme in ("W8A8", "W4A8 scaled"):
+        with pytest.raises(DamagedFile, match=NAME):
+            layer_from_tensors(NAME, layer_tensors(NAME, layer_of(SCHEMES[scheme])), features)
+
+
+def edited(**changes):
+    tensors = layer_tensors(NAME, layer_of(FULL))
+    config = json.loads(tensors[f"{NAME}.{CONFIG_KEY}"].numpy().tobytes())
+    config.update(changes)
+    config = {key: value for key, value in config.items() if value is not None}
+    raw = json.dumps(config).encode()
+    return tensors | {f"{NAME}.{CONFIG_KEY}": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": None}, "version None"),
+        ({"format": "dit_quant_w8a8"}, "declared dit_quant_w8a8"),
+        ({"format": "int8_tensorwise"}, "declared int8_tensorwise"),
+        ({"groups": None}, "incomplete"),
+        ({"groups": []}, "incomplete"),
+        ({"groups": {"edges": [0.1, 0.2], "centres": [3, 2, 1], "flow": True, "interpolate": False}}, "decrease"),
+        ({"groups": TimestepGroups((), (1.0,)).to_json()}, "expected"),
+        ({"hadamard": "many"}, "incomplete"),
+        ({"hadamard": 3}, "Hadamard blocks of 3"),
+        ({"hadamard": 256}, "do not fit K=192"),
+        ({"hadamard": 0}, "Hadamard blocks of 0"),
+        ({"tensors": None}, "incomplete"),
+        ({"tensors": ["qdata", "magic"]}, "incomplete"),
+        ({"tensors": ["qdata", "scale", "multiplier", "zero", "column_sum", "smooth", "shift"]}, "belong together"),
+        ({"tensors": ["qdata", "scale", "multiplier", "zero", "smooth"]}, "weight_column_sum"),
+    ],
+    ids=itertools.count(),
+)
+def test_a_wrong_config_is_refused(changes, message):
+    with pytest.raises(DamagedFile, match=message) as refusal:
+        layer_from_tensors(NAME, edited(**changes), (N, K))
+    assert NAME in str(refusal.value)
+
+
+@pytest.mark.parametrize("raw", [b"", b"not json", b"[1]", b"\xff\xfe", b"null"])
+def test_a_config_that_is_no_json_object_is_refused_and_not_ours(raw):
+    config = torch.tensor(list(raw), dtype=torch.uint8)
+    assert not is_ours(config)
+    tensors = layer_tensors(NAME, layer_of(FULL)) | {f"{NAME}.{CONFIG_KEY}": config}
+    with pytest.raises(DamagedFile, match=NAME):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+def test_without_its_config_a_layer_is_refused():
+    tensors = layer_tensors(NAME, layer_of(FULL))
+    del tensors[f"{NAME}.{CONFIG_KEY}"]
+    with pytest.raises(DamagedFile, match=f"{NAME}.{CONFIG_KEY} is missing"):
+        layer_from_tensors(NAME, tensors, (N, K))

@@ -1,0 +1,100 @@
+"""The vectors z and s, derived again from raw activations."""
+
+import numpy as np
+import pytest
+import torch
+from dit_quant.quant_core.schemes import Scale, Shift
+from dit_quant.quant_core.shift_scale import channel_scale, group_mean, group_shift, shifted_maximum, static_range
+from drift import drift
+
+ROWS = [[0, 1, 2], [3], [4, 5]]
+K = 33
+
+
+@pytest.fixture(scope="module")
+def found():
+    return drift(K, 6)
+
+
+@pytest.fixture(scope="module")
+def raw(found):
+    return [x.double().numpy() for x in found.samples]
+
+
+def test_no_shift_is_none(found):
+    assert group_shift(found.statistics(), ROWS, Shift.NONE) is None
+
+
+def test_midrange_is_the_plain_mean_over_the_group(found, raw):
+    z = group_shift(found.statistics(), ROWS, Shift.MIDRANGE)
+    for g, rows in enumerate(ROWS):
+        expected = sum((raw[t].max(axis=0) + raw[t].min(axis=0)) / 2 for t in rows) / len(rows)
+        np.testing.assert_allclose(z[g], expected, rtol=1e-14, atol=1e-14)
+
+
+def test_mean_is_that_of_all_tokens_of_the_group(found, raw):
+    """Timesteps with more tokens weigh more: the pooled mean, which minimizes E |x - z|^2."""
+    s = found.statistics()
+    z = group_shift(s, ROWS, Shift.MEAN)
+    for g, rows in enumerate(ROWS):
+        pool = np.concatenate([raw[t] for t in rows])
+        # means are stored in fp32
+        np.testing.assert_allclose(z[g], pool.mean(axis=0), rtol=2**-22, atol=1e-6)
+        plain = np.mean([raw[t].mean(axis=0) for t in rows], axis=0)
+        assert len(rows) == 1 or not np.allclose(z[g], plain, rtol=1e-4)
+    assert torch.equal(z, group_mean(s, ROWS))
+
+
+@pytest.mark.parametrize("kind", Shift)
+def test_shifted_maximum_is_that_of_the_raw_samples(found, raw, kind):
+    s = found.statistics()
+    z = group_shift(s, ROWS, kind)
+    maxima = shifted_maximum(s, ROWS, z)
+    for g, rows in enumerate(ROWS):
+        for t in rows:
+            offset = 0 if z is None else z[g].numpy()
+            np.testing.assert_allclose(maxima[t], np.abs(raw[t] - offset).max(axis=0), rtol=1e-14)
+
+
+def weight(N=7, seed=3):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", [Shift.NONE, Shift.MIDRANGE])
+def test_paper_scale_is_the_square_root_of_the_average_over_the_weight(found, raw, kind):
+    """m by its closed form: alpha^(T-1) m_T + sum of (1 - alpha) alpha^k m, from the noisiest step on."""
+    s, W = found.statistics(), weight()
+    z = group_shift(s, ROWS, kind)
+    group_of = {t: g for g, rows in enumerate(ROWS) for t in rows}
+    maxima = [np.abs(x - (0 if z is None else z[group_of[t]].numpy())).max(axis=0) for t, x in enumerate(raw)]
+    T = len(maxima)
+    m = 0.99 ** (T - 1) * maxima[0] + sum(0.01 * 0.99 ** (T - 1 - t) * maxima[t] for t in range(1, T))
+    expected = np.sqrt(m / W.double().abs().amax(dim=0).numpy())
+    np.testing.assert_allclose(channel_scale(s, ROWS, z, W, Scale.PAPER), expected, rtol=1e-13)
+
+
+def test_channels_without_range_or_weight_keep_scale_one(found):
+    s, W = found.statistics(), weight()
+    W[:, 5] = 0
+    s.minimum[:, 9] = s.maximum[:, 9] = 2.0
+    z = group_shift(s, ROWS, Shift.MIDRANGE)
+    scale = channel_scale(s, ROWS, z, W, Scale.PAPER)
+    assert scale[5] == 1
+    assert scale[9] == 1
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert channel_scale(s, ROWS, z, W, Scale.NONE) is None
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("kind", Shift)
+def test_static_range_is_that_of_the_raw_samples(found, raw, kind, scaled):
+    s = found.statistics()
+    z = group_shift(s, ROWS, kind)
+    scale = channel_scale(s, ROWS, z, weight(), Scale.PAPER) if scaled else None
+    low, high = static_range(s, ROWS, z, scale)
+    for g, rows in enumerate(ROWS):
+        pool = np.concatenate([raw[t] for t in rows])
+        pool = (pool - (0 if z is None else z[g].numpy())) / (1 if scale is None else scale.numpy())
+        assert low[g].item() == pytest.approx(pool.min(), rel=1e-13)
+        assert high[g].item() == pytest.approx(pool.max(), rel=1e-13)
