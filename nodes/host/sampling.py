@@ -18,7 +18,7 @@ from ...quant_core.collector import Collector
 from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.observers import covariance_block
-from .weights import fingerprints, select
+from .weights import fingerprints, is_quantized, select
 
 log = logging.getLogger("dit_quant")
 KEY = "dit_quant_calibration"
@@ -93,6 +93,8 @@ def calibrate(
     """
     if not positive:
         raise ValueError("no calibration prompts: write at least one prompt, one per line, or connect a conditioning")
+    if is_quantized(patcher):
+        raise ValueError("this model is quantized already; calibrate the full-precision model it came from")
     layers, _, _ = select(patcher)
     features = {name: module.in_features for name, module in layers.items()}
     limit = covariance_limit(features, settings.memory_gb)

@@ -100,7 +100,7 @@ def test_auto_finds_plateaus_and_ignores_negligible_drift():
     tree = merge_tree(levels, Linkage.WARD)
     assert tree.auto() == 3
     assert tree.sizes(3) == (5, 8, 4)
-    assert merge_tree(levels * 1e-3, Linkage.WARD).auto() == 1
+    assert merge_tree(levels * 1e-4, Linkage.WARD).auto() == 1
     assert merge_tree(np.zeros((9, 7)), Linkage.WARD).auto() == 1
     assert merge_tree(np.arange(100.0)[:, None] ** 3, Linkage.CENTROID).auto() <= 10
 
