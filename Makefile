@@ -21,6 +21,9 @@ PYTHON ?= python3
 # pinned for .venv only: no requirement of the pack itself names torch
 TORCH ?= torch==2.13.0
 
+# threads that spin while they wait are 20 times slower when other programs want the cores
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check
 

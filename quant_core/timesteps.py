@@ -98,9 +98,13 @@ def groups_from_sizes(sigmas: Sequence[float], sizes: Sequence[int], flow: bool,
 
 
 def between(high: float, low: float, flow: bool) -> float:
-    """The sigma half-way in log-SNR, kept strictly inside (low, high] against rounding."""
+    """The sigma half-way in log-SNR, kept strictly inside (low, high] against rounding.
+
+    An fp32 number: samplers that call half-way between two steps hit it, and `index` and the device must agree there.
+    """
     middle = (log_snr(high, flow) + log_snr(low, flow)) / 4
     sigma = 1 / (1 + math.exp(middle)) if flow else math.exp(-middle)
+    sigma = torch.tensor(sigma, dtype=torch.float32).item()
     return sigma if low < sigma < high else (low + high) / 2
 
 

@@ -4,10 +4,12 @@ from shipped_workflows import link, node
 
 STEPS = 8
 POSITIVE, CALIBRATION_PROMPTS = "lion face", 2
+NO_COVARIANCE = {"memory_gb": 0.0}  # nearest rounding: much faster where the codes themselves do not matter
 SAMPLING = {"steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
 
 __all__ = [
     "BASE",
+    "NO_COVARIANCE",
     "POSITIVE",
     "SAMPLING",
     "STEPS",

@@ -138,6 +138,20 @@ def test_training_resumes(train, tmp_path, capsys):
     assert all(torch.equal(again[key], second[key]) for key in second)
 
 
+def test_resumed_training_draws_new_noise(train, script, monkeypatch):
+    """Seeded by the step: a resumed run must not see the first batches again."""
+    seeds, loss = set(), script.flow_loss
+
+    def recording(*args):
+        seeds.add(torch.initial_seed())
+        return loss(*args)
+
+    monkeypatch.setattr(script, "flow_loss", recording)
+    _, taken = train(STEPS)
+    train(2 * STEPS)
+    assert seeds == {0, taken}
+
+
 def test_spent_time_takes_no_steps(train):
     """The budget counts the time of earlier runs: nothing is left to do."""
     first, taken = train(STEPS)

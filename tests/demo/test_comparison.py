@@ -58,6 +58,13 @@ def test_pictures_stand_in_rows_and_columns():
         for j, picture in enumerate(row):
             y0, x0 = top + i * pitch, x + j * pitch
             assert np.array_equal(canvas[y0 : y0 + side, x0 : x0 + side], picture), (i, j)
+            # the white frame is as wide on every side, the paper begins behind it
+            for line in (canvas[:, x0 + side // 2], canvas[y0 + side // 2]):
+                near = y0 if line.shape[0] == canvas.shape[0] else x0
+                assert (line[near - FRAME + 1 : near] == 255).all()
+                assert (line[near + side : near + side + FRAME - 1] == 255).all()
+                assert (line[near - FRAME - 1] != 255).any()
+                assert (line[near + side + FRAME] != 255).any()
 
 
 def test_text_is_drawn_and_shows_the_names():

@@ -45,7 +45,8 @@ def test_report_is_whole(report):
     assert set(report) == {
         *("machine", "versions", "settings", "calibration_prompts", "evaluation_prompts", "full_precision", "schemes")
     }
-    assert [row["scheme"] for row in report["schemes"]] == ["rtn_w8a8", "W8A8", "rtn_w4a8", "W4A8", "htg_paper"]
+    assert [row["scheme"] for row in report["schemes"]] == [scheme.name for scheme in demo.SCHEMES]
+    assert {"rtn_w8a8", "W8A8", "rtn_w4a8", "W4A8", "htg_paper"} < {scheme.name for scheme in demo.SCHEMES}
     assert report["full_precision"]["seconds_per_step"] > 0
     assert {"python", "torch", "numpy", "dit-quant"} <= set(report["versions"])
     assert {"cpu", "cores", "torch_threads"} <= set(report["machine"])
@@ -69,9 +70,14 @@ def test_prompts_do_not_overlap(report):
 
 
 @pytest.mark.parametrize("measure", ["final_latent_rel_l2", "velocity_rel_l2"])
-@pytest.mark.parametrize(("ours", "plain"), [("W8A8", "rtn_w8a8"), ("W4A8", "rtn_w4a8")])
+@pytest.mark.parametrize(("ours", "plain"), [("W8A8", "rtn_w8a8"), ("W4A8", "rtn_w4a8"), ("W4A8", "rtn_w4a8_g16")])
 def test_calibrated_is_no_worse_than_plain_rounding(schemes, ours, plain, measure):
     assert schemes[ours][measure] <= schemes[plain][measure]
+
+
+def test_plain_rounding_was_given_as_many_bits(schemes):
+    """W4A8's tables cost bits; one plain row must have at least those to spend."""
+    assert schemes["rtn_w4a8_g16"]["bits_per_weight"] >= schemes["W4A8"]["bits_per_weight"]
 
 
 def test_pictures_survive(schemes):

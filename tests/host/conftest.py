@@ -83,7 +83,7 @@ def lora(host_server) -> str:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, (N, K) in LORA_LAYERS.items():
-        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(N, 4, generator=generator) * 0.05
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(N, 4, generator=generator) * 0.1
         tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, K, generator=generator) * 0.1
         tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(4.0)
     save_file(tensors, host_server.models / "loras" / LORA)

@@ -57,7 +57,8 @@ CASES = {
     "everything skipped": (p.quantize("rtn_w8a8", calibration=None, skip_layers="."), "every layer was skipped"),
     "float model saved": (p.save("model", "float"), "not quantized: connect the output of Quantize DiT"),
     "infinite activations": (
-        loader("infinite") | p.calibrate(),
+        loader("infinite")
+        | p.calibrate(seed=2),  # one element escapes the fingerprint: not the cache of the sound model
         r"joint_blocks\.1\.x_block\.mlp\.fc2: the input holds NaN or infinity at sigma",
     ),
     "infinite weight": (
@@ -99,7 +100,7 @@ def test_wrong_input_has_its_own_error(host_server, case):
 @pytest.mark.parametrize("preset", ["W8A8", "W4A8", "htg_paper"])
 def test_channels_without_range_are_harmless(host_server, preset):
     """64 dead channels in front of a GELU: their activations are always 0."""
-    prompt = p.BASE | loader("dead_channels") | GROUPED | p.quantize(preset)
+    prompt = p.BASE | loader("dead_channels") | GROUPED | p.quantize(preset, skip_layers=r"blocks\.[023]")
     latents = host_server.latents(host_server.run(prompt | p.sample("model", "full") | p.sample("quantized", "dead")))
     assert bool(torch.isfinite(latents["dead"]).all())
     assert (latents["dead"] - latents["full"]).norm() < 0.3 * latents["full"].norm()

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.host
 
 STEPS = 6
 MANY = 24
+SKIP = r"blocks\.[123]|fc2"  # calibrated rounding of a few layers is enough to compare codes
 nonces = iter(range(1000, 2000))
 
 
@@ -30,7 +31,7 @@ def run(server, file: str | None = None, **changes) -> tuple[str, dict]:
     if file is None:
         prompt |= {"shown": p.node("PreviewAny", source=p.link("calibration", 1))}
         return p.report(server.run(prompt), "shown"), {}
-    history = server.run(prompt | p.group() | p.quantize(model="again") | p.save("quantized", file))
+    history = server.run(prompt | p.group() | p.quantize(model="again", skip_layers=SKIP) | p.save("quantized", file))
     return p.report(history, "calibration"), load_file(server.output / "diffusion_models" / p.saved_name(file))
 
 
@@ -138,7 +139,7 @@ def test_interrupted_run_resumes(host_server):
 
     def prompt(file: str) -> dict:
         calibrated = p.BASE | many | p.again(next(nonces)) | p.calibrate("again", **settings)
-        return calibrated | p.group() | p.quantize(model="again") | p.save("quantized", file)
+        return calibrated | p.group() | p.quantize(model="again", skip_layers=SKIP) | p.save("quantized", file)
 
     prompt_id = host_server.submit(prompt("interrupted"))
     deadline = time.monotonic() + 120

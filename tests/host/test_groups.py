@@ -58,7 +58,8 @@ def partition(path) -> TimestepGroups:
 
 @pytest.fixture(scope="module")
 def traces(host_server) -> Traces:
-    prompt = p.BASE | p.calibrate(steps=STEPS) | p.group(groups=GROUPS) | p.quantize() | p.save("quantized", "traced")
+    prompt = p.BASE | p.calibrate(steps=STEPS, **p.NO_COVARIANCE) | p.group(groups=GROUPS)
+    prompt |= p.quantize() | p.save("quantized", "traced")
     prompt |= p.group(groups=GROUPS, interpolate=True, name="smooth")
     prompt |= p.quantize(calibration="smooth", name="smooth model") | p.save("smooth model", "smooth")
     for name, changes in SAMPLERS.items():

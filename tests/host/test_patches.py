@@ -21,11 +21,13 @@ PATCHES = {
 @pytest.fixture(scope="module")
 def patched(host_server, lora) -> dict[str, torch.Tensor]:
     """Latents of one quantized model under every patch, all clones of it alive in one prompt."""
-    prompt = p.BASE | p.calibrate() | p.group() | p.quantize() | p.quantize("W4A8", name="other") | PATCHES
+    prompt = (
+        p.BASE | p.calibrate(**p.NO_COVARIANCE) | p.group() | p.quantize() | p.quantize("W4A8", name="other") | PATCHES
+    )
     prompt |= p.lora(lora, name="full with LoRA") | p.lora(lora, "quantized", "live LoRA")
     prompt |= p.lora(lora, "quantized", "no strength", strength=0.0) | p.lora(lora, "other", "live LoRA on 4 bits")
     prompt |= {"full shifted": p.node("ModelSamplingSD3", model=p.link("model"), shift=1.0)}
-    prompt |= p.calibrate("full shifted", "shifted calibration")
+    prompt |= p.calibrate("full shifted", "shifted calibration", **p.NO_COVARIANCE)
     prompt |= p.quantize(model="full shifted", calibration="shifted calibration", name="shifted before")
     names = [*PATCHES, "model", "quantized", "other", "full with LoRA", "live LoRA", "no strength"]
     for name in [*names, "live LoRA on 4 bits", "full shifted", "shifted before"]:
@@ -66,14 +68,14 @@ def test_patches_attached_before_quantize_survive(patched):
 
 
 def test_lora_before_quantize_is_merged(host_server, lora, patched):
-    prompt = p.BASE | p.lora(lora) | p.calibrate("lora") | p.group() | p.quantize(model="lora")
+    prompt = p.BASE | p.lora(lora) | p.calibrate("lora", **p.NO_COVARIANCE) | p.group() | p.quantize(model="lora")
     merged = host_server.latents(host_server.run(prompt | p.sample("quantized", "merged")))["merged"]
     with_lora = patched["full with LoRA"]
     assert relative_l2(merged, with_lora) < relative_l2(patched["quantized"], with_lora) / 2
 
 
 def test_calibration_without_the_lora_is_refused(host_server, lora):
-    prompt = p.BASE | p.lora(lora) | p.calibrate("model") | p.group() | p.quantize(model="lora")
+    prompt = p.BASE | p.lora(lora) | p.calibrate("model", **p.NO_COVARIANCE) | p.group() | p.quantize(model="lora")
     with pytest.raises(
         PromptFailed, match=r"LoRAs added or removed.*run Calibrate DiT on exactly this model"
     ) as failure:
