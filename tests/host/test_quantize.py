@@ -7,7 +7,7 @@ from dit_quant.quant_core.metrics import relative_l2
 
 pytestmark = pytest.mark.host
 
-BOUNDS = {"W8A8": 0.05, "W4A8": 0.2}
+BOUNDS = {"W8A8": 0.03, "W4A8": 0.12}
 
 
 @pytest.mark.parametrize("preset", BOUNDS)
