@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..quant_core.calibration import Calibration
-from ..quant_core.files import DamagedFile, read_header
+from ..quant_core.files import read_header
 from ..quant_core.metrics import psnr_db, relative_l2
 from ..quant_core.report import QuantReport
 from ..quant_core.schemes import PRESETS, QuantScheme, WeightArgs
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model, table = load(args.assets)
         calibration_names, evaluation_names = split_prompts(table, args.calibration, args.evaluation)
-    except (DamagedFile, ValueError) as error:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sampling = Sampling(steps=args.steps)
@@ -133,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schemes": [outcome.to_json() for outcome in outcomes],
     }
     picture = compare(baseline, outcomes, evaluation_names, sampling)
-    args.out.mkdir(parents=True, exist_ok=True)
     replace_file(args.out / "comparison.png", png(picture))
     replace_file(args.out / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
     print(f"\n{text_table(baseline, outcomes)}\n")

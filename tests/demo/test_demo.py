@@ -123,6 +123,12 @@ def test_missing_and_cut_off_assets(assets, tmp_path, capsys):
     assert "cut off" in capsys.readouterr().err
 
 
+def test_unusable_output_folder_is_known_at_once(assets, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert demo.main(["--assets", str(assets), "--out", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
     target = tmp_path / "report.json"
     demo.replace_file(target, b"old")
