@@ -71,6 +71,24 @@ class Again:
         return (model,)
 
 
+class Rebuild:
+    """A clone with a model of its own, made by the loader's factory: what compiled and multi-GPU copies do."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "rebuild"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def rebuild(self, model):
+        clone = model.clone(force_deepcopy=True)
+        if clone.model is model.model:
+            raise RuntimeError("the clone shares its model with the original")
+        return (clone,)
+
+
 class TinyUNet:
     """A MODEL of convolutions, with random weights."""
 
@@ -90,4 +108,9 @@ class TinyUNet:
         return (comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device),)
 
 
-NODE_CLASS_MAPPINGS = {"DiTQuantTestTrace": Trace, "DiTQuantTestAgain": Again, "DiTQuantTestUNet": TinyUNet}
+NODE_CLASS_MAPPINGS = {
+    "DiTQuantTestTrace": Trace,
+    "DiTQuantTestAgain": Again,
+    "DiTQuantTestRebuild": Rebuild,
+    "DiTQuantTestUNet": TinyUNet,
+}

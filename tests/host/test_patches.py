@@ -8,6 +8,10 @@ from host_server import PromptFailed
 
 pytestmark = pytest.mark.host
 
+REBUILT = {
+    "rebuilt": p.node("DiTQuantTestRebuild", model=p.link("quantized")),
+    "rebuilt with LoRA": p.node("DiTQuantTestRebuild", model=p.link("live LoRA")),
+}
 PATCHES = {
     "shifted": p.node("ModelSamplingSD3", model=p.link("quantized"), shift=1.0),
     "rescaled": p.node("RescaleCFG", model=p.link("quantized"), multiplier=0.7),
@@ -32,6 +36,9 @@ def patched(host_server, lora) -> dict[str, torch.Tensor]:
     names = [*PATCHES, "model", "quantized", "other", "full with LoRA", "live LoRA", "no strength"]
     for name in [*names, "live LoRA on 4 bits", "full shifted", "shifted before"]:
         prompt |= p.sample(name, f"{name} latents")
+    prompt |= (
+        REBUILT | p.sample("rebuilt", "rebuilt latents") | p.sample("rebuilt with LoRA", "rebuilt with LoRA latents")
+    )
     for name in ("live LoRA", "live LoRA on 4 bits", "full merged in"):
         prompt |= p.save(name, f"saved {name}")
     latents = host_server.latents(host_server.run(prompt, timeout=600))
@@ -56,6 +63,11 @@ def test_lora_after_quantize(patched):
     assert without > 0.1, "the LoRA is too weak to show"
     assert relative_l2(patched["live LoRA"], with_lora) < without / 2
     assert relative_l2(patched["live LoRA on 4 bits"], with_lora) < relative_l2(patched["other"], with_lora)
+
+
+@pytest.mark.parametrize(("name", "original"), [("rebuilt", "quantized"), ("rebuilt with LoRA", "live LoRA")])
+def test_copy_from_the_factory_is_the_same_model(patched, name, original):
+    assert torch.equal(patched[name], patched[original])
 
 
 def test_lora_without_strength_changes_nothing(patched):
