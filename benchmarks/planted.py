@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from dit_quant.demo.emoji_dit import EmojiDiT
 from dit_quant.quant_core.absorb import absorb, absorbing_sites
 from dit_quant.quant_core.architectures import SD3
 from dit_quant.quant_core.observers import LayerStatistics
+from torch import Tensor
 
 CHANNELS = 6
 DRIFTING = 12

@@ -60,7 +60,7 @@ def quantize_weight(
         # z is rounded before c = W z is built from it, so the pair stays exact
         shift = None if shift is None else half_if_it_fits(shift)
         exact = None if shift is None else shift.double()
-        scale = channel_scale(statistics, rows, exact, weight, scheme.scale)
+        scale = channel_scale(statistics, rows, exact, weight, scheme)
         scale = None if scale is None else scale.float()
         hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
     folded = fold_linear(weight, shift, scale, hadamard)

@@ -28,6 +28,7 @@ class Scale(Enum):
 
     NONE = "none"
     PAPER = "paper"  # sqrt(EMA of the shifted maximum / max |W|), HTG eq. 7
+    BALANCED = "balanced"  # sqrt(rms of the shifted input / norm of the weight column): best under rotation
 
 
 class Rounding(Enum):
@@ -88,6 +89,7 @@ class ActivationArgs:
 class QuantScheme:
     """Everything that decides the integer codes of a layer, given its calibration.
 
+    scale_strength: exponent of a balanced scale, 0 to 1.
     paper_roles: shift and scale only where HTG applies them (inputs of qkv, fc1 and the attention
     projection); other layers are rounded plainly.
     """
@@ -97,6 +99,7 @@ class QuantScheme:
     activations: ActivationArgs = ActivationArgs()
     shift: Shift = Shift.NONE
     scale: Scale = Scale.NONE
+    scale_strength: float = 1.0
     hadamard: int = 1
     partition: Partition = Partition.CALIBRATION
     interpolate: bool = False
@@ -105,6 +108,8 @@ class QuantScheme:
     def __post_init__(self) -> None:
         if self.hadamard not in HADAMARD_ORDERS:
             raise ValueError(f"Hadamard block {self.hadamard} is not a power of 4 up to 256; choose 64 or 256")
+        if not 0 <= self.scale_strength <= 1:
+            raise ValueError(f"scale strength {self.scale_strength} is not between 0 and 1")
         if self.hadamard > 1 and not self.activations.dynamic:
             raise ValueError("static activation ranges are measured before rotation; set hadamard=1 or per_token")
         if self.hadamard > 1 and self.shift is Shift.MIDRANGE:
@@ -133,6 +138,7 @@ PRESETS = {
             WeightArgs(8, rounding=Rounding.GPTQ),
             _TOKEN_ASYMMETRIC,
             shift=Shift.MEAN,
+            scale=Scale.BALANCED,
             hadamard=256,
         ),
         QuantScheme(
@@ -140,6 +146,8 @@ PRESETS = {
             WeightArgs(4, 64, symmetric=False, rounding=Rounding.GPTQ),
             _TOKEN_ASYMMETRIC,
             shift=Shift.MEAN,
+            scale=Scale.BALANCED,
+            scale_strength=0.5,
             hadamard=256,
         ),
         QuantScheme(

@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
+from .covariance import rounding_hessian
 from .grouping import step_shift
 from .observers import LayerStatistics
-from .schemes import Scale, Shift
+from .schemes import QuantScheme, Scale, Shift
 
 PAPER_ALPHA = 0.99
+# a channel further off is an artefact of too few prompts more often than an outlier
+BALANCED_CAP = 64.0
 
 
 def group_shift(statistics: LayerStatistics, rows: list[list[int]], kind: Shift) -> Tensor | None:
@@ -46,22 +49,54 @@ def shifted_maximum(statistics: LayerStatistics, rows: list[list[int]], shift: T
 
 
 def channel_scale(
-    statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, weight: Tensor, kind: Scale
-):
-    """s [K] float64, strictly positive, or None for none.
-
-    PAPER: s_k = sqrt(m_k / max_n |W_nk|), m the exponential average (alpha = 0.99) of the shifted maxima
-    from the noisiest timestep on (HTG eq. 7). Channels without range or weight keep s = 1.
-    """
-    if kind is Scale.NONE:
+    statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, weight: Tensor, scheme: QuantScheme
+) -> Tensor | None:
+    """s [K] float64, strictly positive, or None for none. Channels without range or weight keep s = 1."""
+    if scheme.scale is Scale.NONE:
         return None
+    if scheme.scale is Scale.PAPER:
+        return paper_scale(statistics, rows, shift, weight)
+    return balanced_scale(input_power(statistics, rows, shift), weight, scheme.scale_strength)
+
+
+def paper_scale(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, weight: Tensor) -> Tensor:
+    """s_k = sqrt(m_k / max_n |W_nk|), m the exponential average (alpha = 0.99) of the shifted maxima from the
+    noisiest timestep on (HTG eq. 7)."""
     maxima = shifted_maximum(statistics, rows, shift)
     average = maxima[0].clone()
     for row in maxima[1:]:
         average = PAPER_ALPHA * average + (1 - PAPER_ALPHA) * row
-    reach = weight.double().abs().amax(dim=0)
-    usable = (average > 0) & (reach > 0)
-    return torch.where(usable, (average / reach.clamp(min=1e-300)).sqrt(), torch.ones_like(average))
+    return _root_of_ratio(average, weight.double().abs().amax(dim=0))
+
+
+def balanced_scale(power: Tensor, weight: Tensor, strength: float) -> Tensor:
+    """s_k = (sqrt(E[(x_k - z_k)^2]) / |W_:k|)^(strength / 2), median 1, within BALANCED_CAP of it.
+
+    After a rotation the rounding errors of x and of W spread evenly over the channels, and both are
+    proportional to |x̃|^2 |W̃|^2 = (sum_k p_k / s_k^2) (sum_k s_k^2 |W_:k|^2); by Cauchy-Schwarz strength 1
+    minimizes it. Rounding with feedback (GPTQ) at 4 bits prefers less.
+    """
+    column = weight.double().square().sum(dim=0)
+    usable = (power > 0) & (column > 0)
+    if not bool(usable.any()):
+        return torch.ones_like(power)
+    scale = _root_of_ratio(power.sqrt(), column.sqrt())
+    scale = (scale / scale[usable].median()).clamp(1 / BALANCED_CAP, BALANCED_CAP) ** strength
+    return torch.where(usable, scale, torch.ones_like(scale))
+
+
+def _root_of_ratio(reach: Tensor, weight: Tensor) -> Tensor:
+    usable = (reach > 0) & (weight > 0)
+    return torch.where(usable, (reach / weight.clamp(min=1e-300)).sqrt(), torch.ones_like(reach))
+
+
+def input_power(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None) -> Tensor:
+    """E[(x - z)^2] per channel [K] float64; from the ranges (3 standard deviations) where no second moment is kept."""
+    hessian = rounding_hessian(statistics, rows, shift, None, 1)
+    if hessian is not None:
+        return hessian.diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0)
+    share = statistics.count.double() / statistics.count.double().sum()
+    return share @ (shifted_maximum(statistics, rows, shift) / 3).square()
 
 
 def static_range(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, scale: Tensor | None):

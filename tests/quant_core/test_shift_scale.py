@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from dit_quant.quant_core.schemes import Scale, Shift
-from dit_quant.quant_core.shift_scale import channel_scale, group_mean, group_shift, shifted_maximum, static_range
+from dit_quant.quant_core.schemes import PRESETS, Scale, Shift
+from dit_quant.quant_core.shift_scale import (
+    BALANCED_CAP,
+    balanced_scale,
+    channel_scale,
+    group_mean,
+    group_shift,
+    input_power,
+    paper_scale,
+    shifted_maximum,
+    static_range,
+)
 from drift import drift
 
 ROWS = [[0, 1, 2], [3], [4, 5]]
@@ -70,7 +80,7 @@ def test_paper_scale_is_the_square_root_of_the_average_over_the_weight(found, ra
     T = len(maxima)
     m = 0.99 ** (T - 1) * maxima[0] + sum(0.01 * 0.99 ** (T - 1 - t) * maxima[t] for t in range(1, T))
     expected = np.sqrt(m / W.double().abs().amax(dim=0).numpy())
-    np.testing.assert_allclose(channel_scale(s, ROWS, z, W, Scale.PAPER), expected, rtol=1e-13)
+    np.testing.assert_allclose(paper_scale(s, ROWS, z, W), expected, rtol=1e-13)
 
 
 def test_channels_without_range_or_weight_keep_scale_one(found):
@@ -78,12 +88,12 @@ def test_channels_without_range_or_weight_keep_scale_one(found):
     W[:, 5] = 0
     s.minimum[:, 9] = s.maximum[:, 9] = 2.0
     z = group_shift(s, ROWS, Shift.MIDRANGE)
-    scale = channel_scale(s, ROWS, z, W, Scale.PAPER)
+    scale = paper_scale(s, ROWS, z, W)
     assert scale[5] == 1
     assert scale[9] == 1
     assert torch.isfinite(scale).all()
     assert (scale > 0).all()
-    assert channel_scale(s, ROWS, z, W, Scale.NONE) is None
+    assert channel_scale(s, ROWS, z, W, PRESETS["rtn_w8a8"]) is None
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
@@ -91,10 +101,61 @@ def test_channels_without_range_or_weight_keep_scale_one(found):
 def test_static_range_is_that_of_the_raw_samples(found, raw, kind, scaled):
     s = found.statistics()
     z = group_shift(s, ROWS, kind)
-    scale = channel_scale(s, ROWS, z, weight(), Scale.PAPER) if scaled else None
+    scale = paper_scale(s, ROWS, z, weight()) if scaled else None
     low, high = static_range(s, ROWS, z, scale)
     for g, rows in enumerate(ROWS):
         pool = np.concatenate([raw[t] for t in rows])
         pool = (pool - (0 if z is None else z[g].numpy())) / (1 if scale is None else scale.numpy())
         assert low[g].item() == pytest.approx(pool.min(), rel=1e-13)
         assert high[g].item() == pytest.approx(pool.max(), rel=1e-13)
+
+
+def spread(power, W, scale):
+    """What the balanced scale minimizes: |x / s|^2 |W s|^2."""
+    return float((power / scale**2).sum() * (scale**2 * W.double().square().sum(dim=0)).sum())
+
+
+def test_balanced_scale_minimizes_the_product_of_energies(found):
+    W = weight()
+    power = input_power(found.statistics(), ROWS, None)
+    best = balanced_scale(power, W, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        other = best * torch.exp(0.1 * torch.randn(K, generator=generator))
+        assert spread(power, W, other) > spread(power, W, best)
+
+
+def test_balanced_scale_undoes_planted_gains(found):
+    """Channels made wider in the producer and narrower in the weight leave the folded weight as it was."""
+    W = weight()
+    power = input_power(found.statistics(), ROWS, None)
+    gain = torch.ones(K, dtype=torch.float64)
+    gain[[3, 8]] = torch.tensor([6.0, 0.3], dtype=torch.float64)
+    plain, planted = balanced_scale(power, W, 1.0), balanced_scale(power * gain**2, W / gain, 1.0)
+    ratio = planted / gain / plain
+    assert float(plain.max() / plain.min()) < BALANCED_CAP / 6
+    torch.testing.assert_close(ratio, ratio[:1].expand(K))
+
+
+def test_balanced_scale_is_capped_and_total():
+    power = torch.tensor([1.0, 1e12, 0.0, 1.0, 1.0], dtype=torch.float64)
+    W = torch.ones(1, 5)
+    W[:, 3] = 0
+    scale = balanced_scale(power, W, 1.0)
+    assert scale.tolist() == [1.0, BALANCED_CAP, 1.0, 1.0, 1.0]
+    assert balanced_scale(power, W, 0.0).tolist() == [1.0] * 5
+
+
+def test_input_power_is_that_of_the_raw_samples(found, raw):
+    s = found.statistics(K)
+    z = group_shift(s, ROWS, Shift.MEAN)
+    shifted = np.concatenate([x - z[g].numpy() for g, rows in enumerate(ROWS) for x in (raw[t] for t in rows)])
+    # the second moment is an fp32 sum over all samples
+    np.testing.assert_allclose(input_power(s, ROWS, z), np.square(shifted).mean(axis=0), rtol=1e-4)
+
+
+def test_balanced_scale_is_what_the_presets_use(found):
+    s = found.statistics(K)
+    assert PRESETS["W8A8"].scale is Scale.BALANCED
+    chosen = channel_scale(s, ROWS, None, weight(), PRESETS["W8A8"])
+    torch.testing.assert_close(chosen, balanced_scale(input_power(s, ROWS, None), weight(), 1.0))
