@@ -1,0 +1,233 @@
+"""Quality of every method on the same prompts, seeds and noise, with paired bootstrap intervals.
+
+    python benchmarks/quality.py --model emoji --out benchmarks/results/quality_emoji.json [--quick]
+
+Models: emoji (the bundled DiT), emoji_outliers and emoji_drift (the same function with planted outliers, see
+planted.py). Rivals need `pip install comfy-kitchen`. LPIPS is not measured: its backbone cannot be downloaded
+everywhere and 32x32 pictures are below its training size; SSIM stands in.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from dit_quant.demo.emoji_dit import EmojiDiT, load_emoji_dit
+from dit_quant.demo.experiment import (
+    Probe,
+    Prompts,
+    Sampling,
+    calibrate,
+    draw,
+    prepare,
+    quantized_copy,
+    reference_velocities,
+    update_with,
+)
+from dit_quant.demo.pixels import to_rgb
+from dit_quant.demo.prompts import load_prompt_table
+from dit_quant.demo.sampler import guided_velocity
+from dit_quant.quant_core.calibration import Calibration
+from dit_quant.quant_core.metrics import psnr_db
+from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, QuantScheme, Rounding, Scale, Shift, WeightArgs
+from planted import drifting, function_difference, mean_and_variance, plant
+from rivals import rivals
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+ASSETS = Path(__file__).resolve().parents[1] / "demo" / "assets"
+MODELS = ("emoji", "emoji_outliers", "emoji_drift")
+BASELINES = {8: "native int8 + ConvRot", 4: "native asym_w4a8_int8"}
+DRAWS = 2000
+FLOOR = "bf16 (noise floor)"
+
+
+def ours() -> dict[str, QuantScheme]:
+    """Presets, round to nearest, and one ablation per ingredient."""
+    w8, w4 = PRESETS["W8A8"], PRESETS["W4A8"]
+    nearest = w8.weights.with_options(rounding=Rounding.NEAREST)
+    return {
+        "rtn_w8a8": PRESETS["rtn_w8a8"],
+        "htg_paper": PRESETS["htg_paper"],
+        "W8A8": w8,
+        "W8A8, no shift": w8.with_options(shift=Shift.NONE),
+        "W8A8, no scale": w8.with_options(scale=Scale.NONE),
+        "W8A8, no rotation": w8.with_options(hadamard=1),
+        "W8A8, symmetric tokens": w8.with_options(activations=ActivationArgs()),
+        "W8A8, nearest": w8.with_options(weights=nearest),
+        "rtn_w4a8": PRESETS["rtn_w4a8"],
+        "W4A8": w4,
+        "W4A8, group 32": w4.with_options(weights=w4.weights.with_options(group_size=32)),
+        "W4A8, no shift": w4.with_options(shift=Shift.NONE),
+        "W4A8, no scale": w4.with_options(scale=Scale.NONE),
+        "W4A8, no rotation": w4.with_options(hadamard=1),
+        "W4A8, nearest": w4.with_options(weights=WeightArgs(4, 64, symmetric=False)),
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model with its reference pictures and trajectory on the evaluation prompts."""
+
+    prompts: Prompts
+    sampling: Sampling
+    latents: Tensor
+    trajectory: list[Probe]
+
+
+def planted_model(name: str, base: EmojiDiT, calibration: Calibration) -> EmojiDiT:
+    """The model of that name; planted ones are checked to be the same function."""
+    if name == "emoji":
+        return base
+    vectors = mean_and_variance(base) if name == "emoji_outliers" else drifting(base, calibration.layers)
+    twin = plant(base, vectors)
+    difference = function_difference(base, twin)
+    if difference > 1e-5:
+        raise RuntimeError(f"{name}: planting changed the function by {difference:.2g}")
+    return twin
+
+
+@torch.inference_mode()
+def per_prompt_velocity(model, before_step: Callable[[float], None] | None, setting: Setting) -> Tensor:
+    """Relative L2 of the guided velocity on the full-precision trajectory: [prompts], mean over the probes."""
+    condition = (setting.prompts.context, setting.prompts.pooled)
+    errors = []
+    for probe in setting.trajectory:
+        if before_step is not None:
+            before_step(probe.sigma)
+        found = guided_velocity(model, probe.x, probe.sigma, condition, setting.prompts.empty, setting.sampling.cfg)
+        errors.append(relative_rows(found, probe.velocity))
+    return torch.stack(errors).mean(dim=0)
+
+
+def relative_rows(value: Tensor, reference: Tensor) -> Tensor:
+    """Relative L2 per first index."""
+    return (value - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+
+
+def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Structural similarity of pictures [B, 3, h, w] in 0..1 with a uniform window (Wang et al. 2004): [B]."""
+    mean_a, mean_b = avg_pool2d(a, window, 1), avg_pool2d(b, window, 1)
+    var_a = avg_pool2d(a * a, window, 1) - mean_a**2
+    var_b = avg_pool2d(b * b, window, 1) - mean_b**2
+    covariance = avg_pool2d(a * b, window, 1) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similar = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similar / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(dim=1)
+
+
+def measure(model, before_step, setting: Setting) -> dict[str, np.ndarray]:
+    """Per-prompt figures of one method."""
+    latents = draw(model, setting.prompts, setting.sampling, before_step)
+    pictures, expected = to_rgb(latents), to_rgb(setting.latents)
+    psnr = [psnr_db(a, b) for a, b in zip(pictures, expected, strict=True)]
+    return {
+        "velocity": per_prompt_velocity(model, before_step, setting).numpy(),
+        "latent": relative_rows(latents, setting.latents).numpy(),
+        "psnr_db": np.array(psnr),
+        "ssim": ssim(pictures, expected).numpy(),
+    }
+
+
+def ratio_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) -> list[float]:
+    """[ratio of means, 2.5 %, 97.5 %] of a paired bootstrap over prompts."""
+    picks = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
+    ratios = values[picks].mean(axis=1) / baseline[picks].mean(axis=1)
+    return [float(values.mean() / baseline.mean()), *(float(q) for q in np.quantile(ratios, (0.025, 0.975)))]
+
+
+def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, only: str) -> dict:
+    base = load_emoji_dit(ASSETS / "emoji_dit.safetensors")
+    table = load_prompt_table(ASSETS / "emoji_prompts.safetensors")
+    even, odd = table.prompts[0::2], table.prompts[1::2]
+    # a second set of evaluation prompts is kept for the final table
+    pool = odd[1::2] if final else odd[0::2]
+    spread = lambda names, n: [names[i * len(names) // n] for i in range(n)]  # noqa: E731
+    sampling = Sampling(steps=steps)
+    calibration_set = prepare(table, spread(even, calibration_prompts), 0)
+    calibration, _ = calibrate(base, calibration_set, sampling)
+    model = planted_model(name, base, calibration)
+    if model is not base:
+        calibration, _ = calibrate(model, calibration_set, sampling)
+    evaluation = prepare(table, spread(pool, prompts), 20_000 if final else 10_000)
+    setting = Setting(
+        evaluation, sampling, draw(model, evaluation, sampling), reference_velocities(model, evaluation, sampling)
+    )
+    figures, bits, groups = {}, {FLOOR: 16.0}, {}
+    figures[FLOOR] = measure(bf16(model), None, setting)
+    for method, build in rivals().items():
+        if only in method:
+            rival = build(model, calibration)
+            figures[method], bits[method] = measure(rival.model, None, setting), rival.bits_per_weight
+            report_line(method, bits[method], figures[method])
+    for method, scheme in ours().items():
+        if only in method:
+            twin, state, report = quantized_copy(model, calibration, scheme)
+            figures[method] = measure(twin, update_with(state), setting)
+            bits[method], groups[method] = report.bits_per_weight, report.groups
+            report_line(method, bits[method], figures[method])
+    return {
+        "model": name,
+        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant", "comfy-kitchen")},
+        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        "settings": {
+            "evaluation_prompts": list(evaluation.names),
+            "calibration_prompts": calibration_prompts,
+            "steps": steps,
+            "cfg": sampling.cfg,
+            "set": "final" if final else "development",
+        },
+        "rows": [row(m, figures, bits, groups) for m in figures],
+    }
+
+
+def bf16(model: EmojiDiT):
+    """The full-precision model run in bf16: what precision alone changes."""
+    twin = EmojiDiT(model.config)
+    twin.load_state_dict(model.state_dict())
+    twin = twin.bfloat16().eval().requires_grad_(False)
+    return lambda x, sigma, context, pooled: twin(x.bfloat16(), sigma, context.bfloat16(), pooled.bfloat16()).float()
+
+
+def row(method: str, figures: dict, bits: dict, groups: dict) -> dict:
+    """Means, and ratios to the best calibration-free format of the same width with 95 % intervals."""
+    found = figures[method]
+    result = {"method": method, "bits_per_weight": round(bits[method], 3), "groups": groups.get(method, 1)}
+    result |= {name: float(values.mean()) for name, values in found.items()}
+    baseline = BASELINES[8 if bits[method] > 6 else 4]
+    if baseline in figures:
+        result["baseline"] = baseline
+        for name in ("velocity", "latent"):
+            result[f"{name}_ratio"] = ratio_interval(found[name], figures[baseline][name])
+    return result
+
+
+def report_line(method: str, bits: float, found: dict) -> None:
+    print(
+        f"{method:28s} {bits:6.2f} bits  velocity {found['velocity'].mean():.4f}  latent {found['latent'].mean():.4f}  "
+        f"PSNR {found['psnr_db'].mean():5.1f}  SSIM {found['ssim'].mean():.4f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="emoji")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="4 prompts, 8 steps: does it run?")
+    parser.add_argument("--final", action="store_true", help="the second evaluation set, for the published table only")
+    parser.add_argument("--only", default="", help="methods whose name contains this")
+    args = parser.parse_args()
+    size = (4, 8, 4) if args.quick else (16, 28, 32)
+    result = run(args.model, *size, final=args.final, only=args.only)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
