@@ -9,9 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dit_quant.demo.__main__ import main as run_demo
-
-ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- demo table: python benchmarks/publish_demo.py -->", "<!-- end of demo table -->"
+from readme import ROOT, publish
 
 
 def table(report: dict) -> str:
@@ -34,12 +32,6 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with the part between the markers replaced."""
-    before, rest = readme.split(START, 1)
-    return f"{before}{START}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}"
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -48,8 +40,7 @@ def main() -> None:
         report = json.loads((out / "report.json").read_text())
         shutil.copyfile(out / "report.json", ROOT / "benchmarks" / "results" / "demo.json")
         shutil.copyfile(out / "comparison.png", ROOT / "docs" / "comparison.png")
-    readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(), table(report)))
+    publish("demo table", table(report))
 
 
 if __name__ == "__main__":
