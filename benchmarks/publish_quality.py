@@ -43,7 +43,8 @@ def table(results: dict[str, dict]) -> str:
         f"\nIn brackets: against native int8 + ConvRot at 8 bits, native asym_w4a8_int8 at 4. "
         f"{len(settings['evaluation_prompts'])} prompts kept for this table, {settings['calibration_prompts']} others "
         f"for calibration, {settings['steps']} steps; torch {versions['torch']}, "
-        f"comfy-kitchen {versions['comfy-kitchen']}, CPU. Latent errors, PSNR, SSIM, ablations and paired 95 % intervals: `benchmarks/results/quality_*.json`."
+        f"comfy-kitchen {versions['comfy-kitchen']}, CPU. "
+        "Latent errors, PSNR, SSIM, ablations and paired 95 % intervals: `benchmarks/results/quality_*.json`."
     )
     return "\n".join(lines)
 

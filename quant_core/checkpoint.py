@@ -93,7 +93,7 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         "qdata": ((N, K) if w.bits == 8 else (N, K // 2), (torch.int8,) if w.bits == 8 else (torch.uint8,)),
         "scale": ((N, 1), (torch.float32,)),
         "column_sum": ((N,), (torch.int32,)),
-        "smooth": ((K,), (torch.float32,)),
+        "smooth": ((K,), (torch.float16, torch.float32)),
         "shift": ((T, K), (torch.float16, torch.float32)),
         "correction": ((T, N), (torch.float16, torch.float32)),
         "static_scale": ((T,), (torch.float32,)),

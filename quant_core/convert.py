@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .covariance import rounding_hessian
 from .fingerprint import tensor_fingerprint
 from .grouping import group_layer_paper, group_model, members
-from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_it_fits
+from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_exact, half_if_it_fits
 from .observers import LayerStatistics
 from .reparam import fold_linear, relative_difference
 from .report import LayerReport, QuantReport, SkippedLayer
@@ -61,7 +61,7 @@ def quantize_weight(
         shift = None if shift is None else half_if_it_fits(shift)
         exact = None if shift is None else shift.double()
         scale = channel_scale(statistics, rows, exact, weight, scheme)
-        scale = None if scale is None else scale.float()
+        scale = None if scale is None else half_if_exact(scale.float())
         hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
     folded = fold_linear(weight, shift, scale, hadamard)
     rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)

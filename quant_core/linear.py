@@ -19,7 +19,7 @@ class QuantizedLinear:
     """Everything a layer needs at run time but its bias. Tensors that a scheme does not use are None.
 
     qdata int8 [N, K] or uint8 [N, K / 2]; scale [N, 1] fp32; multiplier, zero [N, G] uint8 (4 bits only);
-    column_sum [N] int32 (asymmetric activations); smooth [K] fp32; shift [T, K] and correction [T, N] fp16 or
+    column_sum [N] int32 (asymmetric activations); smooth [K], shift [T, K] and correction [T, N] fp16 or
     fp32; static_scale, static_zero [T] fp32 (fixed activation ranges).
     """
 
@@ -82,6 +82,12 @@ TENSOR_FIELDS = (
 def half_if_it_fits(table: Tensor) -> Tensor:
     """fp16 (11 bits of mantissa) unless a value would overflow; then fp32."""
     return table.half() if float(table.abs().amax()) < HALF_MAX else table.float()
+
+
+def half_if_exact(table: Tensor) -> Tensor:
+    """fp16 where that changes nothing, else the table as it is."""
+    half = table.half()
+    return half if torch.equal(half.to(table.dtype), table) else table
 
 
 def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tensor, fraction: Tensor) -> Tensor:

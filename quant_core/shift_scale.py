@@ -74,7 +74,7 @@ def balanced_scale(power: Tensor, weight: Tensor, strength: float) -> Tensor:
 
     After a rotation the rounding errors of x and of W spread evenly over the channels, and both are
     proportional to |x̃|^2 |W̃|^2 = (sum_k p_k / s_k^2) (sum_k s_k^2 |W_:k|^2); by Cauchy-Schwarz strength 1
-    minimizes it. Rounding with feedback (GPTQ) at 4 bits prefers less.
+    minimizes it. Rounding with feedback (GPTQ) at 4 bits prefers less. Rounded to fp16, as it is stored.
     """
     column = weight.double().square().sum(dim=0)
     usable = (power > 0) & (column > 0)
@@ -82,7 +82,7 @@ def balanced_scale(power: Tensor, weight: Tensor, strength: float) -> Tensor:
         return torch.ones_like(power)
     scale = _root_of_ratio(power.sqrt(), column.sqrt())
     scale = (scale / scale[usable].median()).clamp(1 / BALANCED_CAP, BALANCED_CAP) ** strength
-    return torch.where(usable, scale, torch.ones_like(scale))
+    return torch.where(usable, scale, torch.ones_like(scale)).half().double()
 
 
 def _root_of_ratio(reach: Tensor, weight: Tensor) -> Tensor:

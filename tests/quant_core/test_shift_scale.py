@@ -134,7 +134,8 @@ def test_balanced_scale_undoes_planted_gains(found):
     plain, planted = balanced_scale(power, W, 1.0), balanced_scale(power * gain**2, W / gain, 1.0)
     ratio = planted / gain / plain
     assert float(plain.max() / plain.min()) < BALANCED_CAP / 6
-    torch.testing.assert_close(ratio, ratio[:1].expand(K))
+    # both are rounded to fp16
+    torch.testing.assert_close(ratio, ratio[:1].expand(K), rtol=2**-9, atol=0)
 
 
 def test_balanced_scale_is_capped_and_total():
