@@ -27,6 +27,7 @@ from dit_quant.demo.experiment import (
     prepare,
     quantized_copy,
     reference_velocities,
+    spread,
     update_with,
 )
 from dit_quant.demo.pixels import to_rgb
@@ -147,14 +148,13 @@ def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bo
     even, odd = table.prompts[0::2], table.prompts[1::2]
     # a second set of evaluation prompts is kept for the final table
     pool = odd[1::2] if final else odd[0::2]
-    spread = lambda names, n: [names[i * len(names) // n] for i in range(n)]  # noqa: E731
     sampling = Sampling(steps=steps)
-    calibration_set = prepare(table, spread(even, calibration_prompts), 0)
+    calibration_set = prepare(table, spread(list(even), calibration_prompts, "calibration"), 0)
     calibration, _ = calibrate(base, calibration_set, sampling)
     model = planted_model(name, base, calibration)
     if model is not base:
         calibration, _ = calibrate(model, calibration_set, sampling)
-    evaluation = prepare(table, spread(pool, prompts), 20_000 if final else 10_000)
+    evaluation = prepare(table, spread(list(pool), prompts, "evaluation"), 20_000 if final else 10_000)
     setting = Setting(
         evaluation, sampling, draw(model, evaluation, sampling), reference_velocities(model, evaluation, sampling)
     )

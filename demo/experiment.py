@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..quant_core.architectures import FAMILIES, family_of
+from ..quant_core.architectures import FAMILIES, family_of, select_layers
 from ..quant_core.calibration import Calibration, finish
 from ..quant_core.collector import Collector
 from ..quant_core.convert import CannotQuantize, install, quantize_model
@@ -71,10 +71,11 @@ def split_prompts(table: PromptTable, calibration: int, evaluation: int) -> tupl
     Raises ValueError when the table has fewer than asked for.
     """
     trained = list(dict.fromkeys(table.prompts))
-    return _spread(trained[0::2], calibration, "calibration"), _spread(trained[1::2], evaluation, "evaluation")
+    return spread(trained[0::2], calibration, "calibration"), spread(trained[1::2], evaluation, "evaluation")
 
 
-def _spread(names: list[str], count: int, use: str) -> list[str]:
+def spread(names: list[str], count: int, use: str) -> list[str]:
+    """`count` names at even distances. Raises ValueError, naming the use, when there are fewer."""
     if not 0 <= count <= len(names):
         raise ValueError(f"{count} {use} prompts were asked for, the word table has {len(names)} for that use")
     return [names[i * len(names) // count] for i in range(count)]
@@ -141,14 +142,10 @@ def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise CannotQuantize(f"{type(model).__name__} belongs to no known DiT family; the pack knows {known}")
-    found, kept = {}, {}
-    for name, module in block_linears(model).items():
-        reason = family.reason_to_keep(name)
-        if reason is None:
-            found[name] = module
-        else:
-            kept[name] = reason
-    return found, kept
+    linears = block_linears(model)
+    features = {name: (module.out_features, module.in_features) for name, module in linears.items()}
+    chosen, kept, _ = select_layers(features, model.state_dict())
+    return {name: linears[name] for name in chosen}, kept
 
 
 def quantized_copy(

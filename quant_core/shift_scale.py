@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .covariance import rounding_hessian
 from .grouping import step_shift
 from .observers import LayerStatistics
 from .schemes import QuantScheme, Scale, Shift
@@ -20,10 +19,10 @@ def group_shift(statistics: LayerStatistics, rows: list[list[int]], kind: Shift)
     """
     if kind is Shift.NONE:
         return None
+    if kind is Shift.MEAN:
+        return group_mean(statistics, rows)
     z = torch.from_numpy(step_shift(statistics, kind))
-    if kind is Shift.MIDRANGE:
-        return torch.stack([z[members].mean(dim=0) for members in rows])
-    return torch.stack([_weighted_mean(z[members], statistics.count[members]) for members in rows])
+    return torch.stack([z[members].mean(dim=0) for members in rows])
 
 
 def group_mean(statistics: LayerStatistics, rows: list[list[int]]) -> Tensor:
@@ -92,11 +91,14 @@ def _root_of_ratio(reach: Tensor, weight: Tensor) -> Tensor:
 
 def input_power(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None) -> Tensor:
     """E[(x - z)^2] per channel [K] float64; from the ranges (3 standard deviations) where no second moment is kept."""
-    hessian = rounding_hessian(statistics, rows, shift, None, 1)
-    if hessian is not None:
-        return hessian.diagonal(dim1=1, dim2=2).reshape(-1).clamp(min=0)
     share = statistics.count.double() / statistics.count.double().sum()
-    return share @ (shifted_maximum(statistics, rows, shift) / 3).square()
+    if statistics.second_moment is None:
+        return share @ (shifted_maximum(statistics, rows, shift) / 3).square()
+    power = statistics.second_moment.double().diagonal(dim1=1, dim2=2).reshape(-1)
+    if shift is not None:
+        for z, members in zip(shift.double(), rows, strict=True):
+            power = power - share[members] @ (2 * statistics.mean[members].double() * z - z.square())
+    return power.clamp(min=0)
 
 
 def static_range(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, scale: Tensor | None):

@@ -13,7 +13,7 @@ def calibration_folder() -> Path:
 
 
 def register() -> None:
-    """Adds our folder kinds to the host's list; the bundled model appears among the diffusion models."""
+    """Adds our folder of calibration caches to the host's list."""
     folder_paths.add_model_folder_path(CALIBRATION, str(calibration_folder()))
 
 
