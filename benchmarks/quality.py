@@ -1,13 +1,16 @@
 """Quality of every method on the same prompts, seeds and noise, with paired bootstrap intervals.
 
     python benchmarks/quality.py --model emoji --out benchmarks/results/quality_emoji.json [--quick]
+    python benchmarks/quality.py --model emoji_wan --wan wan/ --out benchmarks/results/quality_emoji_wan.json
 
 Models: emoji (the bundled DiT), emoji_outliers and emoji_drift (the same function with planted outliers, see
-planted.py). Rivals need `pip install comfy-kitchen`. LPIPS is not measured: its backbone cannot be downloaded
-everywhere and 32x32 pictures are below its training size; SSIM stands in.
+planted.py), emoji_mean_drift (planted_drift.py); emoji_wan, which train_fixture.py --layout wan writes into the folder
+of --wan, and emoji_wan_outliers. Rivals need `pip install comfy-kitchen`. LPIPS is not measured: its backbone cannot be
+downloaded everywhere and 32x32 pictures are below its training size; SSIM stands in.
 """
 
 import argparse
+import copy
 import json
 import platform
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dit_quant.demo.emoji_dit import EmojiDiT, load_emoji_dit
+from dit_quant.demo.emoji_dit import load_emoji_dit
 from dit_quant.demo.experiment import (
     Probe,
     Prompts,
@@ -31,18 +34,21 @@ from dit_quant.demo.experiment import (
     update_with,
 )
 from dit_quant.demo.pixels import to_rgb
-from dit_quant.demo.prompts import load_prompt_table
+from dit_quant.demo.prompts import PromptTable, load_prompt_table
 from dit_quant.demo.sampler import guided_velocity
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.metrics import psnr_db
 from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, QuantScheme, Rounding, Scale, Shift, WeightArgs
-from planted import drifting, function_difference, mean_and_variance, plant
+from emoji_wan import EmojiWan, load_emoji_wan
+from planted import drifting, function_difference, mean_and_variance, plant, plant_wan
+from planted_drift import mean_drift
 from rivals import rivals
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
+from train_fixture import FILES
 
 ASSETS = Path(__file__).resolve().parents[1] / "demo" / "assets"
-MODELS = ("emoji", "emoji_outliers", "emoji_drift")
+MODELS = ("emoji", "emoji_outliers", "emoji_drift", "emoji_mean_drift", "emoji_wan", "emoji_wan_outliers")
 BASELINES = {8: "native int8 + ConvRot", 4: "native asym_w4a8_int8"}
 DRAWS = 2000
 FLOOR = "bf16 (noise floor)"
@@ -81,13 +87,41 @@ class Setting:
     trajectory: list[Probe]
 
 
-def planted_model(name: str, base: EmojiDiT, calibration: Calibration) -> EmojiDiT:
-    """The model of that name; planted ones are checked to be the same function."""
-    if name == "emoji":
-        return base
-    vectors = mean_and_variance(base) if name == "emoji_outliers" else drifting(base, calibration.layers)
-    twin = plant(base, vectors)
-    difference = function_difference(base, twin)
+def plain_model(name: str, wan: Path | None) -> tuple[nn.Module, PromptTable]:
+    """The trained model that `name` is or is planted in, and its word table. wan: folder of the Wan-layout files."""
+    layout = "wan" if name.startswith("emoji_wan") else "sd3"
+    if layout == "wan" and wan is None:
+        raise SystemExit(
+            f"{name} is not bundled: train it with train_fixture.py --layout wan, then give its --wan folder"
+        )
+    folder, load = (ASSETS, load_emoji_dit) if layout == "sd3" else (wan, load_emoji_wan)
+    model_file, table_file = FILES[layout]
+    return load(folder / model_file), load_prompt_table(folder / table_file)
+
+
+def planted_model(name: str, base: nn.Module, calibration: Calibration) -> nn.Module:
+    """The model of that name; planted ones are checked to be the same function.
+
+    emoji_mean_drift is the function of `base` made blind to the drift, a few percent from that of `base`.
+    """
+    if name.startswith("emoji_wan") != isinstance(base, EmojiWan):
+        raise ValueError(f"{name} is not planted in a {type(base).__name__}")
+    same = base
+    match name:
+        case "emoji" | "emoji_wan":
+            return base
+        case "emoji_outliers":
+            twin = plant(base, mean_and_variance(base))
+        case "emoji_drift":
+            twin = plant(base, drifting(base, calibration.layers))
+        case "emoji_mean_drift":
+            table = load_prompt_table(ASSETS / FILES["sd3"][1])
+            same, twin = mean_drift(base, calibration.layers, table.encode([*table.prompts, ""])[1])
+        case "emoji_wan_outliers":
+            twin = plant_wan(base)
+        case _:
+            raise ValueError(f"there is no model {name}; choose one of {', '.join(MODELS)}")
+    difference = function_difference(same, twin)
     if difference > 1e-5:
         raise RuntimeError(f"{name}: planting changed the function by {difference:.2g}")
     return twin
@@ -142,9 +176,10 @@ def ratio_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) -> l
     return [float(values.mean() / baseline.mean()), *(float(q) for q in np.quantile(ratios, (0.025, 0.975)))]
 
 
-def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, only: str) -> dict:
-    base = load_emoji_dit(ASSETS / "emoji_dit.safetensors")
-    table = load_prompt_table(ASSETS / "emoji_prompts.safetensors")
+def run(
+    name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, only: str, wan: Path | None
+) -> dict:
+    base, table = plain_model(name, wan)
     even, odd = table.prompts[0::2], table.prompts[1::2]
     # a second set of evaluation prompts is kept for the final table
     pool = odd[1::2] if final else odd[0::2]
@@ -186,11 +221,9 @@ def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bo
     }
 
 
-def bf16(model: EmojiDiT):
+def bf16(model: nn.Module):
     """The full-precision model run in bf16: what precision alone changes."""
-    twin = EmojiDiT(model.config)
-    twin.load_state_dict(model.state_dict())
-    twin = twin.bfloat16().eval().requires_grad_(False)
+    twin = copy.deepcopy(model).bfloat16()
     return lambda x, sigma, context, pooled: twin(x.bfloat16(), sigma, context.bfloat16(), pooled.bfloat16()).float()
 
 
@@ -218,13 +251,14 @@ def report_line(method: str, bits: float, found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="emoji")
+    parser.add_argument("--wan", type=Path, help="folder that train_fixture.py --layout wan wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="4 prompts, 8 steps: does it run?")
     parser.add_argument("--final", action="store_true", help="the second evaluation set, for the published table only")
     parser.add_argument("--only", default="", help="methods whose name contains this")
     args = parser.parse_args()
     size = (4, 8, 4) if args.quick else (16, 28, 32)
-    result = run(args.model, *size, final=args.final, only=args.only)
+    result = run(args.model, *size, final=args.final, only=args.only, wan=args.wan)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

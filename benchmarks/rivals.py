@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dit_quant.demo.emoji_dit import EmojiDiT
 from dit_quant.demo.experiment import quantizable
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.convert import install
@@ -27,7 +26,7 @@ KITCHEN = {
 class Rival:
     """A rounded copy of the model, and its bits per weight of the quantized layers with every table."""
 
-    model: EmojiDiT
+    model: nn.Module
     bits_per_weight: float
 
 
@@ -49,7 +48,7 @@ class KitchenLinear(nn.Module):
         return sum(tensor.nbytes for tensor in self.weight.state_dict("").values())
 
 
-def kitchen(model: EmojiDiT, name: str) -> Rival:
+def kitchen(model: nn.Module, name: str) -> Rival:
     """The same layers that we round, in one of the host's native formats."""
     layout, options = KITCHEN[name]
     twin = copy.deepcopy(model)
@@ -62,7 +61,7 @@ def kitchen(model: EmojiDiT, name: str) -> Rival:
     return Rival(twin, 8 * size / weights)
 
 
-def smoothquant(model: EmojiDiT, calibration: Calibration, alpha: float = 0.5) -> Rival:
+def smoothquant(model: nn.Module, calibration: Calibration, alpha: float = 0.5) -> Rival:
     """SmoothQuant (arXiv 2211.10438): s = max|x|^alpha / max|w|^(1 - alpha), int8 per token and per channel."""
     twin = copy.deepcopy(model)
     layers = {}
@@ -77,7 +76,7 @@ def smoothquant(model: EmojiDiT, calibration: Calibration, alpha: float = 0.5) -
     return Rival(twin, 8 * sum(layer.nbytes for layer in layers.values()) / weights)
 
 
-def rivals() -> dict[str, Callable[[EmojiDiT, Calibration], Rival]]:
+def rivals() -> dict[str, Callable[[nn.Module, Calibration], Rival]]:
     """Name -> builder."""
     natives = {name: (lambda model, _, name=name: kitchen(model, name)) for name in KITCHEN}
     return {**natives, "SmoothQuant 0.5": smoothquant}

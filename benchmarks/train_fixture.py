@@ -1,8 +1,11 @@
-"""Trains the bundled emoji DiT: rectified flow on 32x32 Noto emoji, prompt = emoji name. Resumable.
+"""Trains the emoji DiTs: rectified flow on 32x32 Noto emoji, prompt = emoji name. Resumable.
 
 Pictures: `npm pack emoji-datasource-google` and unpack it; Noto emoji are Apache-2.0 licensed.
 
     python benchmarks/train_fixture.py --emoji package/ --out demo/assets --state train_state --minutes 60
+    python benchmarks/train_fixture.py --layout wan --emoji package/ --out wan/ --state wan_state --minutes 60
+
+The first is the bundled model; the second, of another family, is what quality.py --wan reads.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import torch
 from dit_quant.demo.emoji_dit import EmojiDiT
 from dit_quant.demo.pixels import to_latent
 from dit_quant.demo.prompts import EMPTY, MAX_WORDS, PAD, embed, word_ids, words_of
+from emoji_wan import EmojiWan
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,6 +35,11 @@ EXTRA = (
 EMA_DECAY = 0.9985
 PROMPT_DROP = 0.1
 WARMUP = 200
+POOLED_DIM = 64
+FILES = {
+    "sd3": ("emoji_dit.safetensors", "emoji_prompts.safetensors"),
+    "wan": ("emoji_wan.safetensors", "wan_prompts.safetensors"),
+}
 
 
 def load_pictures(package: Path) -> tuple[list[str], Tensor]:
@@ -51,25 +60,30 @@ def load_pictures(package: Path) -> tuple[list[str], Tensor]:
 class Trainee(nn.Module):
     """The DiT and its prompt table, trained together."""
 
-    def __init__(self, vocabulary_size: int):
+    def __init__(self, vocabulary_size: int, layout: str = "sd3"):
         super().__init__()
-        self.dit = EmojiDiT()
-        config = self.dit.config
-        self.words = nn.Parameter(torch.randn(vocabulary_size, config.context_dim + config.pooled_dim))
-        self.positions = nn.Parameter(torch.randn(MAX_WORDS, config.context_dim) * 0.5)
+        self.dit = EmojiDiT() if layout == "sd3" else EmojiWan()
+        context_dim = self.dit.config.context_dim
+        self.words = nn.Parameter(torch.randn(vocabulary_size, context_dim + POOLED_DIM))
+        self.positions = nn.Parameter(torch.randn(MAX_WORDS, context_dim) * 0.5)
         self.apply(initialise)
-        for block in self.dit.joint_blocks:
-            for stream in (block.context_block, block.x_block):
-                nn.init.zeros_(stream.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.dit.final_layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.dit.final_layer.linear.weight)
+        for module in start_at_zero(self.dit):
+            nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
         return self.dit(x, sigma, *embed(self.words, self.positions, ids))
 
 
+def start_at_zero(dit: EmojiDiT | EmojiWan) -> list[nn.Linear]:
+    """Modulations and output: every block begins as the identity (adaLN-zero), and the velocity as 0."""
+    if isinstance(dit, EmojiWan):
+        return [dit.time_projection[1], dit.head.head]
+    streams = [stream for block in dit.joint_blocks for stream in (block.context_block, block.x_block)]
+    return [*(s.adaLN_modulation[1] for s in (*streams, dit.final_layer)), dit.final_layer.linear]
+
+
 def initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
 
@@ -127,19 +141,21 @@ def restore_state(path: Path, model: nn.Module, ema: dict, optimizer) -> tuple[i
     return int(meta["step"]), float(meta["spent"])
 
 
-def export(out: Path, ema: dict[str, Tensor], vocabulary: list[str], prompts: list[str]) -> None:
+def export(out: Path, ema: dict[str, Tensor], vocabulary: list[str], prompts: list[str], layout: str = "sd3") -> None:
     """bf16 model in the host's key layout, and the prompt table beside it."""
+    model_file, table_file = FILES[layout]
     out.mkdir(parents=True, exist_ok=True)
     model = {k.removeprefix("dit."): v.bfloat16().contiguous() for k, v in ema.items() if k.startswith("dit.")}
     licence = {"license": "Apache-2.0", "training_data": "Noto emoji (Apache-2.0), emoji-datasource-google 16.0.0"}
-    save_file(model, out / "emoji_dit.safetensors", licence)
+    save_file(model, out / model_file, licence)
     table = {"words": ema["words"].bfloat16().contiguous(), "positions": ema["positions"].bfloat16().contiguous()}
     meta = licence | {"vocabulary": json.dumps(vocabulary), "prompts": json.dumps(prompts)}
-    save_file(table, out / "emoji_prompts.safetensors", meta)
+    save_file(table, out / table_file, meta)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layout", choices=tuple(FILES), default="sd3")
     parser.add_argument("--emoji", type=Path, required=True, help="unpacked emoji-datasource-google package")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True, help="folder for the resumable state")
@@ -157,7 +173,7 @@ def main() -> None:
     print(f"{len(prompts)} pictures, {len(vocabulary)} words", flush=True)
 
     torch.manual_seed(0)
-    model = Trainee(len(vocabulary))
+    model = Trainee(len(vocabulary), args.layout)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     step, spent = restore_state(args.state, model, ema, optimizer)
@@ -183,10 +199,10 @@ def main() -> None:
             print(f"step {step}  {elapsed / 60:.1f} min  loss {running:.4f}", flush=True)
         if time.monotonic() - saved > 120:
             save_state(args.state, model, ema, optimizer, step, time.monotonic() - started)
-            export(args.out, ema, vocabulary, prompts)
+            export(args.out, ema, vocabulary, prompts, args.layout)
             saved = time.monotonic()
     save_state(args.state, model, ema, optimizer, step, time.monotonic() - started)
-    export(args.out, ema, vocabulary, prompts)
+    export(args.out, ema, vocabulary, prompts, args.layout)
     print(f"done: {step} steps, loss {running:.4f}")
 
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..quant_core.architectures import FAMILIES, family_of, select_layers
 from ..quant_core.calibration import Calibration, finish
-from ..quant_core.collector import Collector
+from ..quant_core.collector import MAX_BINS, Collector
 from ..quant_core.convert import CannotQuantize, install, quantize_model
 from ..quant_core.fingerprint import tensor_fingerprint
 from ..quant_core.metrics import relative_l2
 from ..quant_core.report import QuantReport
 from ..quant_core.schemes import QuantScheme
 from ..quant_core.timesteps import TimestepState
-from .emoji_dit import EmojiDiT
 from .prompts import PromptTable
 from .sampler import guided_velocity, sample, seeded_noise, shifted_sigmas
 
@@ -87,7 +86,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def draw(
-    model: EmojiDiT, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
+    model: nn.Module, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
 ) -> Tensor:
     """Final latents [B, 16, h, w], in batches."""
     latents = []
@@ -109,7 +108,7 @@ def draw(
 
 
 def timed_draw(
-    model: EmojiDiT, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
+    model: nn.Module, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
 ) -> tuple[Tensor, float]:
     """As `draw`, and the median seconds of one sampling step of one batch."""
     marks: list[float] = []
@@ -125,15 +124,18 @@ def timed_draw(
 
 
 def calibrate(
-    model: EmojiDiT, prompts: Prompts, sampling: Sampling, covariance: int | None = COVARIANCE_LIMIT
+    model: nn.Module, prompts: Prompts, sampling: Sampling, covariance: int | None = COVARIANCE_LIMIT
 ) -> tuple[Calibration, Tensor]:
     """Samples the prompts with hooked layers -> (Calibration, latents)."""
     layers, _ = quantizable(model)
-    collector = Collector({n: m.in_features for n, m in layers.items()}, flow=True, covariance=covariance)
+    features = {name: module.in_features for name, module in layers.items()}
+    bins = min(sampling.steps, MAX_BINS)
+    collector = Collector(features, flow=True, covariance=covariance, max_bins=bins)
     with collector.attached(layers):
         latents = draw(model, prompts, sampling, before_step=collector.at)
     fingerprints = {name: tensor_fingerprint(module.weight) for name, module in layers.items()}
-    return finish(collector, fingerprints, {"prompts": list(prompts.names), "steps": sampling.steps}), latents
+    settings = {"prompts": list(prompts.names), "steps": sampling.steps, "statistics_bytes": collector.nbytes}
+    return finish(collector, fingerprints, settings), latents
 
 
 def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
@@ -149,8 +151,8 @@ def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]
 
 
 def quantized_copy(
-    model: EmojiDiT, calibration: Calibration | None, scheme: QuantScheme
-) -> tuple[EmojiDiT, TimestepState, QuantReport]:
+    model: nn.Module, calibration: Calibration | None, scheme: QuantScheme
+) -> tuple[nn.Module, TimestepState, QuantReport]:
     """A rounded copy of the model, the state that selects its groups, and the report."""
     layers, kept = quantizable(model)
     weights = {name: module.weight.detach for name, module in layers.items()}
@@ -170,7 +172,7 @@ def update_with(state: TimestepState) -> Callable[[float], None]:
 
 
 @torch.inference_mode()
-def reference_velocities(model: EmojiDiT, prompts: Prompts, sampling: Sampling, probes: int = 6) -> list[Probe]:
+def reference_velocities(model: nn.Module, prompts: Prompts, sampling: Sampling, probes: int = 6) -> list[Probe]:
     """The full-precision trajectory at evenly spread steps, the first and the last included."""
     if probes < 2:
         raise ValueError(f"{probes} probes cannot hold the first and the last step; ask for 2 or more")
@@ -189,7 +191,7 @@ def reference_velocities(model: EmojiDiT, prompts: Prompts, sampling: Sampling, 
 
 @torch.inference_mode()
 def velocity_error(
-    model: EmojiDiT, state: TimestepState | None, prompts: Prompts, sampling: Sampling, reference: list[Probe]
+    model: nn.Module, state: TimestepState | None, prompts: Prompts, sampling: Sampling, reference: list[Probe]
 ) -> float:
     """Relative L2 of the guided velocity on the full-precision trajectory, mean over the probed steps."""
     errors = []

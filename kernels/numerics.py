@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
-INT4_LEVELS = 16
-# an int4 step is multiplier / 2**INT4_SHIFT steps of the channel's int8 grid
-INT4_SHIFT = 4
-MULTIPLIER_MAX = 255
+INT4_MAX = 15
+# an int4 step is 1 to 15 steps of the channel's int8 grid
+MULTIPLIER_MAX = 15
 
 
 def safe_scale(extent: Tensor, qmax: float) -> Tensor:
@@ -46,19 +45,26 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
 
 
-def decode_int4(packed: Tensor, multiplier: Tensor, zero: Tensor | None) -> Tensor:
-    """Progressive 4-bit weight -> int8 codes of the channel's grid.
+def pack_levels(multiplier: Tensor, zero: Tensor) -> Tensor:
+    """multiplier (1 to 15), zero (0 to 15) [N, G] uint8 -> [N, G] uint8, zero in the low nibble."""
+    return zero | (multiplier << 4)
 
-    packed [N, K / 2] uint8; multiplier [N, G] uint8; zero [N, G] uint8 or None for the symmetric 8.
-    code8 = ((code4 - zero) * multiplier + 8) >> 4, all in integers (two-level scales as in QServe,
-    arXiv 2405.04532, with a 4.4 fixed-point second level).
+
+def unpack_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, G] uint8 -> multiplier, zero."""
+    return levels >> 4, levels & 0xF
+
+
+def decode_int4(packed: Tensor, levels: Tensor) -> Tensor:
+    """4-bit weight -> int8 codes of the channel's grid: code8 = (code4 - zero) multiplier, in integers.
+
+    packed [N, K / 2] uint8; levels [N, G] uint8, see `pack_levels`. Two-level scales as in QServe (arXiv
+    2405.04532), the second one a nibble; whoever encodes keeps the product within int8.
     """
-    codes = unpack_int4(packed).to(torch.int32)
-    grouped = codes.unflatten(1, (multiplier.shape[1], -1))
-    origin = 8 if zero is None else zero.to(torch.int32)[..., None]
-    scaled = (grouped - origin) * multiplier.to(torch.int32)[..., None]
-    half = 1 << (INT4_SHIFT - 1)
-    return ((scaled + half) >> INT4_SHIFT).clamp(-INT8_MAX, INT8_MAX).to(torch.int8).flatten(1)
+    multiplier, zero = unpack_levels(levels)
+    codes = unpack_int4(packed).to(torch.int16).unflatten(1, (levels.shape[1], -1))
+    decoded = (codes - zero[..., None].to(torch.int16)) * multiplier[..., None].to(torch.int16)
+    return decoded.to(torch.int8).flatten(1)
 
 
 @lru_cache(maxsize=32)

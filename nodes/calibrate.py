@@ -88,12 +88,23 @@ class CalibrateDiT(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "memory_gb",
-                    default=2.0,
+                    default=4.0,
                     min=0.0,
                     max=256.0,
                     step=0.5,
                     advanced=True,
-                    tooltip="Main memory for covariances, which calibrated rounding needs. 0 switches it off.",
+                    tooltip="Main memory for all statistics. Most of it holds covariances, which calibrated rounding "
+                    "needs. 0 switches those off.",
+                ),
+                io.Int.Input(
+                    "passes",
+                    default=1,
+                    min=1,
+                    max=8,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How often the prompts may be sampled, each time for another part of the layers, so that "
+                    "wide covariances fit the memory. No more passes are made than that takes.",
                 ),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="report")],
@@ -112,6 +123,7 @@ class CalibrateDiT(io.ComfyNode):
         scheduler,
         seed,
         memory_gb,
+        passes=1,
         clip=None,
         positive=None,
         negative=None,
@@ -121,7 +133,7 @@ class CalibrateDiT(io.ComfyNode):
             if clip is None and cfg != 1.0:
                 raise ValueError("connect `negative` (or a CLIP, to encode an empty one): cfg is not 1")
             negative = encode(clip, "") if clip is not None else [conditions[0][0]] if conditions else []
-        settings = Settings(parse_sizes(sizes), steps, cfg, sampler_name, scheduler, seed, memory_gb)
+        settings = Settings(parse_sizes(sizes), steps, cfg, sampler_name, scheduler, seed, memory_gb, passes)
         bar = comfy.utils.ProgressBar(max(len(conditions), 1) * steps, node_id=cls.hidden.unique_id)
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 

@@ -1,7 +1,7 @@
 """The result of calibrating a model, and its resumable file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import torch
 from .collector import Collector
 from .files import DamagedFile, read_tensors, write_tensors
 from .grouping import Grouping
-from .observers import LayerStatistics
+from .observers import LayerObserver, LayerStatistics
 
 FORMAT = "dit_quant_calibration"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,34 @@ class Calibration:
     grouping: Grouping | None = None
 
 
-def finish(collector: Collector, fingerprints: Mapping[str, str], settings: Mapping[str, object]) -> Calibration:
-    """Collector -> Calibration. Raises ValueError when nothing was recorded."""
+def finish(
+    collector: Collector,
+    fingerprints: Mapping[str, str],
+    settings: Mapping[str, object],
+    further: Sequence[Collector] = (),
+) -> Calibration:
+    """Collector -> Calibration; further: those of later passes, over the same sigmas. Empties the collectors.
+
+    Raises ValueError when nothing was recorded.
+    """
     sigmas, layers, silent = collector.results()
+    for other in further:
+        _, more, quiet = other.results()
+        layers, silent = layers | more, silent | quiet
     if not layers:
         raise ValueError("calibration recorded nothing: no quantizable layer ran while sampling")
     return Calibration(sigmas, layers, dict(fingerprints), silent, collector.flow, dict(settings))
 
 
 def save_progress(path: Path, collector: Collector, key: str, done: int) -> None:
-    """Writes the raw sums after `done` prompts; `key` binds the file to its model, prompts and settings."""
+    """Writes the raw sums after `done` prompts; `key` binds the file to its model, prompts, settings and pass.
+
+    Layers that share an observer are written once, under the first one's name.
+    """
+    groups = collector.groups()
     tensors = {
-        f"{name}|{field}": value
-        for name, observer in collector.observers.items()
+        f"{names[0]}|{field}": value
+        for observer, names in groups.items()
         for field, value in observer.tensors().items()
     }
     metadata = {
@@ -54,14 +69,17 @@ def save_progress(path: Path, collector: Collector, key: str, done: int) -> None
         "key": key,
         "done": str(done),
         "sigmas": json.dumps(collector.sigmas),
+        "shared": json.dumps({name: names[0] for names in groups.values() for name in names[1:]}),
     }
     write_tensors(path, tensors, metadata)
 
 
-def restore_progress(path: Path, collector: Collector, key: str) -> int:
+@torch.inference_mode(False)  # what is made here is changed in place later on, in either mode
+def restore_progress(path: Path, collector: Collector, key: str, *, copy: bool = True) -> int:
     """Fills a fresh collector from a file and returns how many prompts it holds.
 
     Everything is checked first: a foreign, old or damaged file raises DamagedFile and changes nothing.
+    copy=False leaves the tensors in the file, mapped: for one that is complete, to be read and no more.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
@@ -72,30 +90,42 @@ def restore_progress(path: Path, collector: Collector, key: str) -> int:
         raise DamagedFile(f"{path.name}: made for another model, other prompts or other settings")
     try:
         sigmas = [float(s) for s in json.loads(metadata["sigmas"])]
+        shared = {str(name): str(first) for name, first in json.loads(metadata["shared"]).items()}
         done = int(metadata["done"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{path.name}: its metadata is incomplete ({error})") from error
-    states = {name: _layer_state(path, tensors, name, collector, len(sigmas)) for name in collector.observers}
-    for name, state in states.items():
-        collector.observers[name].restore(state)
-    collector.sigmas[:] = sigmas
+    if len(sigmas) > collector.max_bins or (collector.fixed and sigmas != collector.sigmas):
+        raise DamagedFile(f"{path.name}: made with other noise levels")
+    restored: dict[str, LayerObserver] = {}
+    for name, fresh in collector.observers.items():
+        first = shared.get(name, name)
+        if first in restored and restored[first].features == fresh.features:
+            restored[name] = restored[first]
+            continue
+        state = _layer_state(path, tensors, first, fresh, len(sigmas), collector.max_bins)
+        restored[name] = fresh.copy(name)
+        restored[name].restore({field: value.clone() if copy else value for field, value in state.items()})
+    collector.adopt(sigmas, restored)
     return done
 
 
-def _layer_state(path: Path, tensors: dict, name: str, collector: Collector, bins: int) -> dict:
-    """The tensors of one layer, shapes checked."""
-    observer = collector.observers[name]
-    K, block = observer.features, observer.block
-    rows = tensors.get(f"{name}|count")
-    if rows is None or rows.ndim != 1 or len(rows) > bins:
+def _layer_state(path: Path, tensors: dict, name: str, fresh: LayerObserver, sigmas: int, bins: int) -> dict:
+    """The tensors of one layer, shapes checked. A layer that never ran has no bins."""
+    K, block, size = fresh.features, fresh.block, fresh.sample.size
+    count, values = tensors.get(f"{name}|count"), tensors.get(f"{name}|rows")
+    if count is None or count.ndim != 1 or len(count) not in (0, bins) or bool((count[sigmas:] != 0).any()):
         raise DamagedFile(f"{path.name}: {name} is missing or has the wrong number of timesteps")
-    shapes = {"count": (len(rows),), **{field: (len(rows), K) for field in ("total", "minimum", "maximum")}}
-    if block is not None and len(rows):
-        shapes["moment"] = (K // block, block, block)
+    T = len(count)
+    wide = values is not None and values.dtype == torch.float32
+    size = size // 2 if wide else size
+    expected = {"count": ((T,), torch.float64), "total": ((T, K), torch.float64)}
+    expected |= {"minimum": ((T, K), torch.float32), "maximum": ((T, K), torch.float32)}
+    expected |= {"keys": ((T, size), torch.int64), "rows": ((T, size, K), torch.float32 if wide else torch.float16)}
+    if block is not None and bool((count > 0).any()):
+        expected["moment"] = ((K // block, block, block), torch.float32)
     state = {}
-    for field, shape in shapes.items():
+    for field, (shape, dtype) in expected.items():
         tensor = tensors.get(f"{name}|{field}")
-        dtype = torch.float64 if field in ("count", "total") else torch.float32
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise DamagedFile(f"{path.name}: {name} {field} should be {list(shape)} {dtype}")
         state[field] = tensor

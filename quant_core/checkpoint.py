@@ -12,7 +12,7 @@ from .schemes import HADAMARD_ORDERS
 from .timesteps import TimestepGroups
 
 FORMAT_PREFIX = "dit_quant_"
-VERSION = 1
+VERSION = 2
 CONFIG_KEY = "comfy_quant"
 # field -> suffix after the layer's name
 SUFFIXES = {name: "weight" if name == "qdata" else f"weight_{name}" for name in TENSOR_FIELDS}
@@ -66,7 +66,10 @@ def layer_from_tensors(name: str, tensors: Mapping[str, Tensor], features: tuple
         raise DamagedFile(f"{name}: tensor {name}.{CONFIG_KEY} is missing")
     config = parse_config(name, tensors[f"{name}.{CONFIG_KEY}"])
     if config.get("version") != VERSION:
-        raise DamagedFile(f"{name}: format version {config.get('version')}, this pack reads {VERSION}; update the pack")
+        raise DamagedFile(
+            f"{name}: format version {config.get('version')}, this pack reads {VERSION}; "
+            "quantize the model again with this pack, or update the pack if the file is newer"
+        )
     try:
         groups = TimestepGroups.from_json(config["groups"])
         hadamard, symmetric = int(config["hadamard"]), bool(config["symmetric"])
@@ -99,11 +102,13 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         "static_scale": ((T,), (torch.float32,)),
         "static_zero": ((T,), (torch.float32,)),
     }
-    if w.multiplier is not None:
-        G = w.multiplier.shape[1] if w.multiplier.ndim == 2 else 0
+    if w.levels is not None:
+        G = w.levels.shape[1] if w.levels.ndim == 2 else 0
         if G == 0 or K % G:
-            raise DamagedFile(f"{name}.{SUFFIXES['multiplier']}: {G} weight groups do not divide K={K}")
-        expected["multiplier"] = expected["zero"] = ((N, G), (torch.uint8,))
+            raise DamagedFile(f"{name}.{SUFFIXES['levels']}: {G} weight groups do not divide K={K}")
+        expected["levels"] = ((N, G), (torch.uint8,))
+        if not bool((w.levels >= 16).all()):
+            raise DamagedFile(f"{name}.{SUFFIXES['levels']}: a weight group has multiplier 0; the file is damaged")
     for field, tensor in w.tensors().items():
         shape, dtypes = expected[field]
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
@@ -114,5 +119,5 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         raise DamagedFile(f"{name}: Hadamard blocks of {w.hadamard} do not fit K={K}")
     if not w.symmetric and w.column_sum is None:
         raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
-    if (w.shift is None) != (w.correction is None):
-        raise DamagedFile(f"{name}: shift and correction belong together, one is missing")
+    if w.shift is not None and w.correction is None:
+        raise DamagedFile(f"{name}: a shift needs its correction {name}.{SUFFIXES['correction']}")

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.numerics import INT8_MAX, safe_scale
-from ..kernels.quantize_activation.reference import asymmetric_range
+from ..kernels.numerics import rotate
 from .architectures import Family, Role
 from .calibration import Calibration
 from .covariance import rounding_hessian
 from .fingerprint import tensor_fingerprint
-from .grouping import group_layer_paper, group_model, members
+from .grouping import AUTO_NEGLIGIBLE, AUTO_NEGLIGIBLE_W4, group_layer_paper, group_model, members
 from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_exact, half_if_it_fits
 from .observers import LayerStatistics
-from .reparam import fold_linear, relative_difference
+from .reparam import Folded, fold_linear, relative_difference
 from .report import LayerReport, QuantReport, SkippedLayer
-from .rounding import round_weight
-from .schemes import Partition, QuantScheme, Scale, Shift, group_size_for, hadamard_for
-from .shift_scale import channel_scale, group_shift, static_range
+from .rounding import RoundedWeight, round_weight
+from .schemes import Partition, QuantScheme, Scale, Shift, StaticRange, group_size_for, hadamard_for
+from .shift_scale import channel_scale, group_mean, group_shift
+from .static_range import extreme_range, sampled_range
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState, distinct
 
 PAPER_ROLES = (Role.MODULATED, Role.ATTENTION)
@@ -65,16 +65,21 @@ def quantize_weight(
         hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
     folded = fold_linear(weight, shift, scale, hadamard)
     rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)
-    static_scale, static_zero = _static_tables(scheme, statistics, rows, shift, scale)
+    correction = folded.correction
+    static_scale = static_zero = None
+    if statistics is not None:
+        if scheme.bias_correction:
+            correction = _corrected(folded, rounded, group_mean(statistics, rows), shift, scale, hadamard)
+        if not scheme.activations.dynamic:
+            static_scale, static_zero = _static_tables(name, scheme, statistics, rows, shift, scale, hadamard)
     layer = QuantizedLinear(
         qdata=rounded.qdata,
         scale=rounded.scale,
-        multiplier=rounded.multiplier,
-        zero=rounded.zero,
+        levels=rounded.levels,
         column_sum=None if scheme.activations.symmetric else column_sum(rounded.int8()),
         smooth=scale,
         shift=shift,
-        correction=None if folded.correction is None else half_if_it_fits(folded.correction),
+        correction=None if correction is None else half_if_it_fits(correction),
         static_scale=static_scale,
         static_zero=static_zero,
         hadamard=hadamard,
@@ -93,14 +98,27 @@ def quantize_weight(
     return layer, report
 
 
-def _static_tables(scheme: QuantScheme, statistics, rows, shift, scale) -> tuple[Tensor | None, Tensor | None]:
+def _corrected(
+    folded: Folded, rounded: RoundedWeight, mean: Tensor, shift: Tensor | None, scale: Tensor | None, hadamard: int
+) -> Tensor:
+    """c_g + (W̃ - Q(W̃)) mean(x̃) over group g, [T, N] float64: the error is centred at the group's mean, which
+    is not z when z is a mid-range. mean [T, K]."""
+    centre = mean if shift is None else mean - shift.double()
+    centre = rotate(centre if scale is None else centre / scale.double(), hadamard)
+    lost = centre @ (folded.weight - rounded.int8().double() * rounded.scale.double()).T
+    return lost if folded.correction is None else folded.correction + lost
+
+
+def _static_tables(
+    name: str, scheme: QuantScheme, statistics: LayerStatistics, rows, shift, scale, hadamard: int
+) -> tuple[Tensor, Tensor | None]:
     """Fixed activation ranges, one per timestep group: scale [T] and, when asymmetric, zero [T]."""
-    if scheme.activations.dynamic or statistics is None:
-        return None, None
-    low, high = static_range(statistics, rows, None if shift is None else shift.double(), scale)
-    if scheme.activations.symmetric:
-        return safe_scale(torch.maximum(low.abs(), high.abs()), INT8_MAX), None
-    return asymmetric_range(low.float().clamp(max=0), high.float().clamp(min=0))
+    if scheme.activations.range is StaticRange.EXTREMES:
+        return extreme_range(statistics, rows, shift, scale, scheme.activations.symmetric)
+    try:
+        return sampled_range(statistics, rows, shift, scale, hadamard), None
+    except ValueError as error:
+        raise CannotQuantize(f"{name}: {error}") from error
 
 
 def layer_groups(
@@ -111,6 +129,8 @@ def layer_groups(
         return SINGLE_GROUP
     if scheme.partition is Partition.PAPER:
         return group_layer_paper(calibration.sigmas, calibration.layers[name], calibration.flow)
+    if scheme.partition is Partition.LAYER:
+        return _auto_groups(scheme, calibration, {name: calibration.layers[name]})
     return shared
 
 
@@ -118,8 +138,20 @@ def shared_groups(scheme: QuantScheme, calibration: Calibration | None) -> Times
     """The model's partition: the one chosen by Group Timesteps, else `auto`. One group where nothing uses groups."""
     if calibration is None or (scheme.shift is Shift.NONE and scheme.activations.dynamic):
         return SINGLE_GROUP
-    grouping = calibration.grouping or group_model(
-        calibration.sigmas, calibration.layers, flow=calibration.flow, interpolate=scheme.interpolate
+    if calibration.grouping is not None:
+        return calibration.grouping.groups
+    return _auto_groups(scheme, calibration, calibration.layers)
+
+
+def _auto_groups(
+    scheme: QuantScheme, calibration: Calibration, layers: Mapping[str, LayerStatistics]
+) -> TimestepGroups:
+    """The tree's own choice. Fixed ranges move with sigma even where the mean does not, so they always get groups."""
+    negligible = 0.0
+    if scheme.activations.dynamic:
+        negligible = AUTO_NEGLIGIBLE if scheme.weights.bits == 8 else AUTO_NEGLIGIBLE_W4
+    grouping = group_model(
+        calibration.sigmas, layers, flow=calibration.flow, interpolate=scheme.interpolate, negligible=negligible
     )
     return grouping.groups
 

@@ -6,27 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import int4_linear, int8_linear, quantize_activation
-from ..kernels.numerics import INT4_SHIFT, decode_int4, pack_int4, rotate
+from ..kernels.numerics import decode_int4, pack_int4, rotate
+from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
 from .reparam import fold_linear
-from .rounding import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState
 
 HALF_MAX = 6.0e4
+# in steps: a searched grid clips by less than this, so more means that the weight left its grid
+OUTGROWN = 2.5
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
     """Everything a layer needs at run time but its bias. Tensors that a scheme does not use are None.
 
-    qdata int8 [N, K] or uint8 [N, K / 2]; scale [N, 1] fp32; multiplier, zero [N, G] uint8 (4 bits only);
-    column_sum [N] int32 (asymmetric activations); smooth [K], shift [T, K] and correction [T, N] fp16 or
-    fp32; static_scale, static_zero [T] fp32 (fixed activation ranges).
+    qdata int8 [N, K] or uint8 [N, K / 2]; scale [N, 1] fp32; levels [N, G] uint8 (4 bits only: multiplier and
+    zero of each weight group); column_sum [N] int32 (asymmetric activations); smooth [K], shift [T, K] and
+    correction [T, N] fp16 or fp32; static_scale, static_zero [T] fp32 (fixed activation ranges).
     """
 
     qdata: Tensor
     scale: Tensor
-    multiplier: Tensor | None = None
-    zero: Tensor | None = None
+    levels: Tensor | None = None
     column_sum: Tensor | None = None
     smooth: Tensor | None = None
     shift: Tensor | None = None
@@ -39,7 +40,7 @@ class QuantizedLinear:
 
     @property
     def bits(self) -> int:
-        return 8 if self.multiplier is None else 4
+        return 8 if self.levels is None else 4
 
     @property
     def features(self) -> tuple[int, int]:
@@ -50,7 +51,7 @@ class QuantizedLinear:
     @property
     def group_size(self) -> int:
         """Columns per weight group; K for 8 bits."""
-        return self.features[1] if self.multiplier is None else self.features[1] // self.multiplier.shape[1]
+        return self.features[1] if self.levels is None else self.features[1] // self.levels.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in use, by field name."""
@@ -68,8 +69,7 @@ class QuantizedLinear:
 TENSOR_FIELDS = (
     "qdata",
     "scale",
-    "multiplier",
-    "zero",
+    "levels",
     "column_sum",
     "smooth",
     "shift",
@@ -114,16 +114,16 @@ def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tens
         "fraction": fraction,
         "dtype": x.dtype,
     }
-    if w.multiplier is None:
+    if w.levels is None:
         y = int8_linear(codes, w.qdata, **epilogue)
     else:
-        y = int4_linear(codes, w.qdata, multiplier=w.multiplier, zero=w.zero, **epilogue)
+        y = int4_linear(codes, w.qdata, levels=w.levels, **epilogue)
     return y.reshape(*x.shape[:-1], w.features[0])
 
 
 def codes_of(w: QuantizedLinear) -> Tensor:
     """int8 codes [N, K] that the product sees."""
-    return w.qdata if w.multiplier is None else decode_int4(w.qdata, w.multiplier, w.zero)
+    return w.qdata if w.levels is None else decode_int4(w.qdata, w.levels)
 
 
 def folded_weight(w: QuantizedLinear) -> Tensor:
@@ -154,8 +154,8 @@ def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> Quantize
         stored = {"qdata": codes, "scale": grid.scale}
         sums = codes
     else:
-        stored = {"qdata": pack_int4(codes), "scale": grid.scale, "multiplier": grid.multiplier, "zero": grid.zero}
-        sums = decode_int4(stored["qdata"], grid.multiplier, grid.zero)
+        stored = {"qdata": pack_int4(codes), "scale": grid.scale, "levels": grid.levels}
+        sums = decode_int4(stored["qdata"], stored["levels"])
     if like.correction is not None and like.shift is not None:
         correction = like.correction.double() + like.shift.double() @ change.double().T
         stored["correction"] = half_if_it_fits(correction).to(like.correction.dtype)
@@ -166,17 +166,18 @@ def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> Quantize
 
 def grid_for(weight: Tensor, like: QuantizedLinear) -> Grid:
     """The grid of `like`, with fresh rows where the folded weight [N, K] no longer fits it."""
-    if like.multiplier is None:
+    if like.levels is None:
         fresh = int8_grid(weight)
         return Int8Grid(torch.where(fresh.scale > like.scale * 1.0001, fresh.scale, like.scale))
-    old = Int4Grid(like.scale, like.multiplier, like.zero, like.group_size)
-    fresh = int4_grid(weight, like.group_size, like.zero is None)
-    error = (old.decode(old.encode(weight, 0), 0) - weight).abs().unflatten(1, (-1, like.group_size)).amax(dim=2)
-    step = old.scale * old.multiplier.float() / 2**INT4_SHIFT
-    outgrown = (error > 0.5 * step + old.scale).any(dim=1, keepdim=True)
-    zero = None if old.zero is None or fresh.zero is None else torch.where(outgrown, fresh.zero, old.zero)
-    multiplier = torch.where(outgrown, fresh.multiplier, old.multiplier)
-    return Int4Grid(torch.where(outgrown, fresh.scale, old.scale), multiplier, zero, like.group_size)
+    old = Int4Grid.unpack(like.scale, like.levels, like.group_size)
+    error = (old.decode(old.encode(weight, 0), 0) - weight).abs()
+    outgrown = (error > OUTGROWN * old.step(0, weight.shape[1])).any(dim=1, keepdim=True)
+    symmetric = bool((old.zero == 8).all())
+    fresh = int4_grid(weight, like.group_size, symmetric)
+    scale, multiplier, zero = (
+        torch.where(outgrown, getattr(fresh, name), getattr(old, name)) for name in ("scale", "multiplier", "zero")
+    )
+    return Int4Grid(scale, multiplier, zero, like.group_size)
 
 
 def encode(old: Tensor, delta: Tensor, grid: Grid, seed: int) -> Tensor:

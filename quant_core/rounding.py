@@ -1,19 +1,12 @@
-"""Weights to integers: grids, round-to-nearest and GPTQ."""
+"""Weights to integers: round to nearest, and GPTQ."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..kernels.numerics import (
-    INT4_SHIFT,
-    INT8_MAX,
-    MULTIPLIER_MAX,
-    decode_int4,
-    pack_int4,
-    round_clamp,
-    safe_scale,
-)
+from ..kernels.numerics import INT8_MAX, decode_int4, pack_int4, round_clamp
+from .grid import SHRINK, Grid, Int4Grid, Int8Grid, channel_step, fit_levels, int4_grid, int8_grid, nearest_level
 from .schemes import Rounding, WeightArgs
 
 GPTQ_DAMP = 0.05
@@ -21,165 +14,100 @@ GPTQ_DAMP = 0.05
 GPTQ_BLOCK = 32
 
 
-@dataclass(frozen=True)
-class Int8Grid:
-    """Symmetric, one step per output channel: w ~ scale code. scale [N, 1] fp32."""
-
-    scale: Tensor
-
-    def step(self, start: int, count: int) -> Tensor:
-        """Width of a level in `count` columns from `start`, broadcastable to [N, count]."""
-        return self.scale
-
-    def encode(self, weight: Tensor, start: int) -> Tensor:
-        """weight [N, k], columns from `start` -> codes [N, k] int8."""
-        return round_clamp(weight / self.scale, -INT8_MAX, INT8_MAX).to(torch.int8)
-
-    def decode(self, codes: Tensor, start: int) -> Tensor:
-        """codes [N, k] -> fp32 values."""
-        return codes.float() * self.scale
-
-    def columns(self, index: Tensor) -> "Columns":
-        """The columns named by index [k], laid out for GPTQ."""
-        return Columns(self.scale[:, 0].expand(len(index), -1), self.scale[:, 0])
-
-
-@dataclass(frozen=True)
-class Int4Grid:
-    """16 levels per group on the channel's int8 grid: w ~ scale ((code - zero) multiplier / 16).
-
-    scale [N, 1] fp32; multiplier, zero [N, G] uint8 (zero None: 8); group_size columns share a group.
-    """
-
-    scale: Tensor
-    multiplier: Tensor
-    zero: Tensor | None
-    group_size: int
-
-    def _columns(self, table: Tensor, start: int, count: int) -> Tensor:
-        index = torch.arange(start, start + count, device=table.device) // self.group_size
-        return table[:, index]
-
-    def _origin(self, start: int, count: int) -> Tensor | float:
-        return 8.0 if self.zero is None else self._columns(self.zero, start, count).float()
-
-    def step(self, start: int, count: int) -> Tensor:
-        return self.scale * self._columns(self.multiplier, start, count).float() / (1 << INT4_SHIFT)
-
-    def encode(self, weight: Tensor, start: int) -> Tensor:
-        step = self.step(start, weight.shape[1])
-        return round_clamp(weight / step + self._origin(start, weight.shape[1]), 0, 15).to(torch.uint8)
-
-    def decode(self, codes: Tensor, start: int) -> Tensor:
-        """What the kernel computes, integer rounding of the second level included."""
-        k = codes.shape[1]
-        fine = (codes.float() - self._origin(start, k)) * self._columns(self.multiplier, start, k).float()
-        return second_level(fine) * self.scale
-
-    def columns(self, index: Tensor) -> "Columns":
-        """The columns named by index [k], laid out for GPTQ."""
-        group = index.to(self.scale.device) // self.group_size
-        multiplier = self.multiplier[:, group].T.float().contiguous()
-        origin = torch.full_like(multiplier, 8) if self.zero is None else self.zero[:, group].T.float().contiguous()
-        scale = self.scale[:, 0]
-        return Columns(scale * multiplier / (1 << INT4_SHIFT), scale, origin, multiplier)
-
-
-Grid = Int8Grid | Int4Grid
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A grid laid out column by column, for GPTQ: step [K, N]; origin and multiplier [K, N] for 4 bits; scale [N]."""
-
-    step: Tensor
-    scale: Tensor
-    origin: Tensor | None = None
-    multiplier: Tensor | None = None
-
-    def round(self, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """weight [N], column k -> (codes as fp32 [N], values [N]); agrees with the grid's encode and decode."""
-        if self.origin is None or self.multiplier is None:
-            codes = round_clamp(weight / self.step[k], -INT8_MAX, INT8_MAX)
-            return codes, codes * self.scale
-        codes = round_clamp(weight / self.step[k] + self.origin[k], 0, 15)
-        return codes, second_level((codes - self.origin[k]) * self.multiplier[k]) * self.scale
-
-
-def second_level(fine: Tensor) -> Tensor:
-    """(code - zero) multiplier in sixteenths -> int8 codes as fp32, rounded as `decode_int4` does."""
-    half = 1 << (INT4_SHIFT - 1)
-    return torch.floor((fine + half) / (1 << INT4_SHIFT)).clamp(-INT8_MAX, INT8_MAX)
-
-
-def int8_grid(weight: Tensor) -> Int8Grid:
-    return Int8Grid(safe_scale(weight.abs().amax(dim=1, keepdim=True), INT8_MAX))
-
-
-def int4_grid(weight: Tensor, group_size: int, symmetric: bool) -> Int4Grid:
-    """Min-max grid of weight [N, K]; K must be a multiple of group_size.
-
-    The channel's step is the smallest that lets every group multiplier fit 8 bits and every value fit int8.
-    """
-    groups = weight.float().unflatten(1, (-1, group_size))
-    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)  # 0 is always a level
-    step = torch.maximum(high / 7, -low / 8) if symmetric else (high - low) / 15
-    unit = 1 << INT4_SHIFT
-    fits_multiplier = step.amax(dim=1, keepdim=True) * unit
-    fits_int8 = weight.float().abs().amax(dim=1, keepdim=True) * (MULTIPLIER_MAX / (INT8_MAX - 1))
-    scale = safe_scale(torch.maximum(fits_multiplier, fits_int8), MULTIPLIER_MAX)
-    multiplier = torch.ceil(step / scale * unit - 1e-3).clamp(1, MULTIPLIER_MAX)
-    zero = None
-    if not symmetric:
-        zero = round_clamp(-low / (scale * multiplier / unit), 0, 15).to(torch.uint8)
-    return Int4Grid(scale, multiplier.to(torch.uint8), zero, group_size)
-
-
 def round_nearest(weight: Tensor, grid: Grid) -> Tensor:
     """weight [N, K] -> codes [N, K]."""
     return grid.encode(weight.float(), 0)
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, damp: float = GPTQ_DAMP) -> Tensor:
-    """weight [N, K], hessian [B, b, b] diagonal blocks of E[x̃ x̃ᵀ] -> codes [N, K].
+def gptq_int8(weight: Tensor, hessian: Tensor, grid: Int8Grid, damp: float = GPTQ_DAMP) -> Tensor:
+    """weight [N, K], hessian [B, b, b] diagonal blocks of E[x̃ x̃ᵀ] -> codes [N, K] int8.
 
     GPTQ (arXiv 2210.17323): columns are rounded one by one, the error of each is spread over the
     later ones through the inverse Hessian; most important column first.
     """
-    dtype = torch.int8 if isinstance(grid, Int8Grid) else torch.uint8
-    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     width = hessian.shape[1]
+    step = grid.scale[:, 0]
     for block, H in enumerate(hessian):
-        start = block * width
-        part = weight[:, start : start + width].float()
-        codes[:, start : start + width] = _gptq_block(part, H.to(weight.device).double(), grid, start, damp).to(dtype)
+        W = weight[:, block * width : (block + 1) * width].float()
+        order, U = _ordered_factor(H.to(weight.device).double(), 1, damp)
+
+        def quantize(columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            code = round_clamp(columns[k] / step, -INT8_MAX, INT8_MAX)
+            return code, code * step
+
+        found = _feed_back(W[:, order], U, GPTQ_BLOCK, quantize)
+        codes[:, block * width + order] = found.to(torch.int8)
     return codes
 
 
-def _gptq_block(W: Tensor, H: Tensor, grid: Grid, offset: int, damp: float) -> Tensor:
-    """One diagonal block, in batches of GPTQ_BLOCK columns -> codes as fp32."""
-    K = W.shape[1]
+def gptq_int4(
+    weight: Tensor,
+    hessian: Tensor,
+    group_size: int,
+    symmetric: bool,
+    shrink: tuple[float, ...] = SHRINK,
+    damp: float = GPTQ_DAMP,
+) -> tuple[Tensor, Int4Grid]:
+    """As `gptq_int8` -> codes [N, K] uint8 and their grid.
+
+    The levels of a group are searched when its turn comes, on the weights as corrected by then, each column
+    weighted by what its error costs after later columns made up for it. Most important group first.
+    """
+    N, K = weight.shape
+    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    scale = channel_step(weight, group_size, symmetric)
+    step = scale[:, 0]
+    multiplier = torch.empty(N, K // group_size, device=weight.device)
+    zero = torch.empty_like(multiplier)
+    width = hessian.shape[1]
+    for block, H in enumerate(hessian):
+        start = block * width
+        W = weight[:, start : start + width].float()
+        order, U = _ordered_factor(H.to(weight.device).double(), group_size, damp)
+        importance = U.diagonal().square().reciprocal()
+
+        def quantize(columns: Tensor, k: int, order=order, importance=importance, start=start) -> tuple[Tensor, Tensor]:
+            g = (start + int(order[k])) // group_size
+            if k % group_size == 0:
+                weights = importance[k : k + group_size]
+                group = columns[k : k + group_size].T[:, None]
+                m, z = fit_levels(group, scale, symmetric, (weights / weights.mean())[None], shrink)
+                multiplier[:, g], zero[:, g] = m[:, 0], z[:, 0]
+            code = nearest_level(columns[k] / step, multiplier[:, g], zero[:, g])
+            return code, (code - zero[:, g]) * multiplier[:, g] * step
+
+        found = _feed_back(W[:, order], U, group_size, quantize)
+        codes[:, start + order] = found.to(torch.uint8)
+    return codes, Int4Grid(scale, multiplier, zero, group_size)
+
+
+def _ordered_factor(H: Tensor, run: int, damp: float) -> tuple[Tensor, Tensor]:
+    """Damped H [b, b] -> order of its columns, most important first in whole runs, and U with UᵀU = H⁻¹ in it."""
     dead = H.diagonal() <= 0
     H = H + torch.diag(dead.double() + damp * H.diagonal().mean().clamp(min=1e-12))
-    order = torch.argsort(H.diagonal(), descending=True)
-    W, H = W[:, order].clone(), H[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(_factor(H, damp)), upper=True).float()
-    columns = grid.columns(order + offset)
-    rest, codes, errors = (
-        W.T.contiguous(),
-        torch.empty_like(W.T),
-        torch.empty_like(W.T),
-    )  # [K, N]: a column is contiguous
-    for start in range(0, K, GPTQ_BLOCK):
-        end = min(start + GPTQ_BLOCK, K)
+    runs = torch.argsort(H.diagonal().unflatten(0, (-1, run)).mean(dim=1), descending=True)
+    order = (runs[:, None] * run + torch.arange(run, device=H.device)).flatten()
+    H = H[order][:, order]
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(_factor(H, damp)), upper=True).float()
+
+
+def _feed_back(W: Tensor, U: Tensor, batch: int, quantize) -> Tensor:
+    """Rounds W [N, b] column by column, spreading each error over later columns -> codes [N, b] fp32.
+
+    quantize(columns [b, N], k) -> codes and values [N] of column k, given all columns as corrected so far.
+    """
+    rest = W.T.contiguous()  # [b, N]: a column is contiguous
+    codes, errors = torch.empty_like(rest), torch.empty_like(rest)
+    K = len(rest)
+    for start in range(0, K, batch):
+        end = min(start + batch, K)
         for k in range(start, end):
-            codes[k], value = columns.round(rest[k], k)
-            errors[k] = (rest[k] - value) / inverse[k, k]
-            rest[k:end].addr_(inverse[k, k:end], errors[k], alpha=-1)
-        rest[end:] -= inverse[start:end, end:].T @ errors[start:end]
-    restored = torch.empty_like(W)
-    restored[:, order] = codes.T
-    return restored
+            codes[k], value = quantize(rest, k)
+            errors[k] = (rest[k] - value) / U[k, k]
+            rest[k:end].addr_(U[k, k:end], errors[k], alpha=-1)
+        rest[end:] -= U[start:end, end:].T @ errors[start:end]
+    return codes.T
 
 
 def _factor(H: Tensor, damp: float) -> Tensor:
@@ -194,24 +122,29 @@ def _factor(H: Tensor, damp: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """Codes as stored: int8 [N, K], or packed uint8 [N, K / 2] with its group tables."""
+    """Codes as stored: int8 [N, K], or packed uint8 [N, K / 2] with `levels` [N, G] uint8."""
 
     qdata: Tensor
     scale: Tensor
-    multiplier: Tensor | None = None
-    zero: Tensor | None = None
+    levels: Tensor | None = None
 
     def int8(self) -> Tensor:
         """The int8 codes that the matrix product sees, [N, K]."""
-        return self.qdata if self.multiplier is None else decode_int4(self.qdata, self.multiplier, self.zero)
+        return self.qdata if self.levels is None else decode_int4(self.qdata, self.levels)
 
 
 def round_weight(weight: Tensor, args: WeightArgs, group_size: int, hessian: Tensor | None) -> RoundedWeight:
     """Folded weight [N, K] -> RoundedWeight. `hessian` is needed for GPTQ only; without it, round to nearest."""
     weight = weight.float()
-    grid: Grid = int8_grid(weight) if args.bits == 8 else int4_grid(weight, group_size, args.symmetric)
-    use_gptq = args.rounding is Rounding.GPTQ and hessian is not None
-    codes = gptq(weight, hessian, grid) if use_gptq else round_nearest(weight, grid)  # type: ignore[arg-type]
-    if isinstance(grid, Int8Grid):
+    curvature = hessian if args.rounding is Rounding.GPTQ else None
+    if args.bits == 8:
+        grid = int8_grid(weight)
+        codes = round_nearest(weight, grid) if curvature is None else gptq_int8(weight, curvature, grid)
         return RoundedWeight(codes, grid.scale)
-    return RoundedWeight(pack_int4(codes), grid.scale, grid.multiplier, grid.zero)
+    shrink = SHRINK if args.search else SHRINK[:1]
+    if curvature is None:
+        grid4 = int4_grid(weight, group_size, args.symmetric, shrink)
+        codes = round_nearest(weight, grid4)
+    else:
+        codes, grid4 = gptq_int4(weight, curvature, group_size, args.symmetric, shrink)
+    return RoundedWeight(pack_int4(codes), grid4.scale, grid4.levels)

@@ -36,22 +36,34 @@ class Rounding(Enum):
     GPTQ = "gptq"
 
 
+class StaticRange(Enum):
+    """How a fixed activation range is found."""
+
+    EXTREMES = "extremes"  # calibrated minimum and maximum, as HTG does; not after a rotation
+    SAMPLED = "sampled"  # least squared error over the calibration's row samples
+
+
 class Partition(Enum):
     """Where a layer's timestep groups come from."""
 
     CALIBRATION = "calibration"  # the one partition chosen by Group Timesteps, or `auto`
+    LAYER = "layer"  # `auto` on each layer alone
     PAPER = "paper"  # per layer, centroid linkage, T / 10 groups
     SINGLE = "single"  # no groups
 
 
 @dataclass(frozen=True)
 class WeightArgs:
-    """bits 8 is per channel and symmetric; bits 4 is grouped, on the channel's int8 grid."""
+    """bits 8 is per channel and symmetric; bits 4 is grouped, on the channel's int8 grid.
+
+    search: whether the levels of a 4-bit group are searched with clipping, or span minimum to maximum.
+    """
 
     bits: int = 8
-    group_size: int = 64
+    group_size: int = 16
     symmetric: bool = True
     rounding: Rounding = Rounding.NEAREST
+    search: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -59,7 +71,7 @@ class WeightArgs:
         if self.bits == 8 and not self.symmetric:
             raise ValueError("8-bit weights are symmetric per channel; asymmetric needs bits=4")
         if self.group_size < 4 or self.group_size % 4:
-            raise ValueError(f"group size {self.group_size} is not a positive multiple of 4; choose 32 or 64")
+            raise ValueError(f"group size {self.group_size} is not a positive multiple of 4; choose 16 or 32")
 
     @property
     def granularity(self) -> Granularity:
@@ -75,10 +87,13 @@ class ActivationArgs:
 
     granularity: Granularity = Granularity.PER_TOKEN
     symmetric: bool = True
+    range: StaticRange = StaticRange.EXTREMES
 
     def __post_init__(self) -> None:
         if self.granularity not in (Granularity.PER_TOKEN, Granularity.PER_TENSOR):
             raise ValueError(f"activations are per_token or per_tensor, not {self.granularity.value}")
+        if self.range is StaticRange.SAMPLED and not self.symmetric:
+            raise ValueError("sampled activation ranges are symmetric; set symmetric=True or range extremes")
 
     @property
     def dynamic(self) -> bool:
@@ -90,6 +105,7 @@ class QuantScheme:
     """Everything that decides the integer codes of a layer, given its calibration.
 
     scale_strength: exponent of a balanced scale, 0 to 1.
+    bias_correction: the mean error that rounding leaves in each timestep group goes into the correction c.
     paper_roles: shift and scale only where HTG applies them (inputs of qkv, fc1 and the attention
     projection); other layers are rounded plainly.
     """
@@ -103,6 +119,7 @@ class QuantScheme:
     hadamard: int = 1
     partition: Partition = Partition.CALIBRATION
     interpolate: bool = False
+    bias_correction: bool = False
     paper_roles: bool = False
 
     def __post_init__(self) -> None:
@@ -110,8 +127,8 @@ class QuantScheme:
             raise ValueError(f"Hadamard block {self.hadamard} is not a power of 4 up to 256; choose 64 or 256")
         if not 0 <= self.scale_strength <= 1:
             raise ValueError(f"scale strength {self.scale_strength} is not between 0 and 1")
-        if self.hadamard > 1 and not self.activations.dynamic:
-            raise ValueError("static activation ranges are measured before rotation; set hadamard=1 or per_token")
+        if self.hadamard > 1 and not self.activations.dynamic and self.activations.range is StaticRange.EXTREMES:
+            raise ValueError("extremes are measured before a rotation; set hadamard=1, or range sampled")
         if self.hadamard > 1 and self.shift is Shift.MIDRANGE:
             raise ValueError("a mid-range shift before a Hadamard piles up in one coefficient; use shift mean")
 
@@ -121,6 +138,7 @@ class QuantScheme:
             self.shift is Shift.NONE
             and self.scale is Scale.NONE
             and self.activations.dynamic
+            and not self.bias_correction
             and self.weights.rounding is Rounding.NEAREST
         )
 
@@ -128,27 +146,33 @@ class QuantScheme:
         return replace(self, **changes)
 
 
-_TOKEN_ASYMMETRIC = ActivationArgs(Granularity.PER_TOKEN, symmetric=False)
+_BEST_W8A8 = QuantScheme(
+    "W8A8",
+    WeightArgs(8, rounding=Rounding.GPTQ),
+    ActivationArgs(Granularity.PER_TOKEN, symmetric=False),
+    shift=Shift.MEAN,
+    scale=Scale.BALANCED,
+    hadamard=256,
+)
 
 PRESETS = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme(
-            "W8A8",
-            WeightArgs(8, rounding=Rounding.GPTQ),
-            _TOKEN_ASYMMETRIC,
-            shift=Shift.MEAN,
-            scale=Scale.BALANCED,
-            hadamard=256,
-        ),
+        _BEST_W8A8,
         QuantScheme(
             "W4A8",
-            WeightArgs(4, 64, symmetric=False, rounding=Rounding.GPTQ),
-            _TOKEN_ASYMMETRIC,
+            WeightArgs(4, 16, symmetric=False, rounding=Rounding.GPTQ),
+            # at 4 bits the weights decide: a zero point per token buys nothing
+            ActivationArgs(Granularity.PER_TOKEN, symmetric=True),
             shift=Shift.MEAN,
             scale=Scale.BALANCED,
             scale_strength=0.5,
             hadamard=256,
+        ),
+        _BEST_W8A8.with_options(name="W8A8 fast", hadamard=1),
+        _BEST_W8A8.with_options(
+            name="W8A8 static",
+            activations=ActivationArgs(Granularity.PER_TENSOR, symmetric=True, range=StaticRange.SAMPLED),
         ),
         QuantScheme(
             "htg_paper",
@@ -160,7 +184,7 @@ PRESETS = {
             paper_roles=True,
         ),
         QuantScheme("rtn_w8a8", WeightArgs(8), ActivationArgs()),
-        QuantScheme("rtn_w4a8", WeightArgs(4, 64, symmetric=False), ActivationArgs()),
+        QuantScheme("rtn_w4a8", WeightArgs(4, symmetric=False), ActivationArgs()),
     )
 }
 

@@ -99,17 +99,3 @@ def input_power(statistics: LayerStatistics, rows: list[list[int]], shift: Tenso
         for z, members in zip(shift.double(), rows, strict=True):
             power = power - share[members] @ (2 * statistics.mean[members].double() * z - z.square())
     return power.clamp(min=0)
-
-
-def static_range(statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, scale: Tensor | None):
-    """Lowest and highest (x - z) / s of each group over all channels: two [T] float64 tensors."""
-    lows, highs = [], []
-    for g, members in enumerate(rows):
-        low, high = statistics.minimum[members].double(), statistics.maximum[members].double()
-        if shift is not None:
-            low, high = low - shift[g], high - shift[g]
-        if scale is not None:
-            low, high = low / scale, high / scale
-        lows.append(low.amin())
-        highs.append(high.amax())
-    return torch.stack(lows), torch.stack(highs)

@@ -6,9 +6,9 @@ from ..int8_linear.reference import int8_linear
 from ..numerics import decode_int4
 
 
-def int4_linear(a: Tensor, packed: Tensor, *, multiplier: Tensor, zero: Tensor | None, **epilogue) -> Tensor:
-    """a [M, K] int8, packed [N, K / 2] uint8, multiplier and zero [N, G] uint8 -> [M, N].
+def int4_linear(a: Tensor, packed: Tensor, *, levels: Tensor, **epilogue) -> Tensor:
+    """a [M, K] int8, packed [N, K / 2] uint8, levels [N, G] uint8 (`pack_levels`) -> [M, N].
 
     The remaining keywords are those of int8_linear; accumulation stays int32 over all of K.
     """
-    return int8_linear(a, decode_int4(packed, multiplier, zero), **epilogue)
+    return int8_linear(a, decode_int4(packed, levels), **epilogue)

@@ -19,8 +19,7 @@ class DiTQuantLayout(QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        multiplier: torch.Tensor | None = None
-        zero: torch.Tensor | None = None
+        levels: torch.Tensor | None = None
         column_sum: torch.Tensor | None = None
         smooth: torch.Tensor | None = None
         shift: torch.Tensor | None = None

@@ -14,20 +14,24 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ...quant_core.calibration import VERSION, Calibration, finish, restore_progress, save_progress
-from ...quant_core.collector import Collector
+from ...quant_core.collector import MAX_BINS, Collector
 from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
-from ...quant_core.observers import covariance_block
+from ...quant_core.memory import MemoryPlan, plan_memory
 from .weights import fingerprints, is_quantized, select
 
 log = logging.getLogger("dit_quant")
 KEY = "dit_quant_calibration"
-COVARIANCE_LIMITS = (4096, 2048, 1024, 512, 256)
+# samplers that call the model between steps fill more bins than a short schedule has steps
+FEWEST_BINS = 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn."""
+    """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn.
+
+    memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it.
+    """
 
     sizes: tuple[tuple[int, int], ...]
     steps: int
@@ -36,11 +40,12 @@ class Settings:
     scheduler: str
     seed: int
     memory_gb: float
+    passes: int = 1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What the node shows: prompts done before this run, and a callback (step, total, denoised latent or None)."""
+    """What the node shows: a callback (step, total, denoised latent or None), and lines for its report."""
 
     step: Callable[[int, int, torch.Tensor | None], None]
     notes: list[str]
@@ -49,14 +54,6 @@ class Progress:
 def is_flow(patcher: ModelPatcher) -> bool:
     """Whether sigma runs from 0 to 1 as a mixing weight."""
     return isinstance(patcher.get_model_object("model_sampling"), comfy.model_sampling.CONST)
-
-
-def covariance_limit(features: Mapping[str, int], memory_gb: float) -> int | None:
-    """The widest covariance blocks whose sum over all layers stays within the budget; None when none does."""
-    for limit in COVARIANCE_LIMITS:
-        if sum(K * covariance_block(K, limit) * 4 for K in features.values()) <= memory_gb * 2**30:
-            return limit
-    return None
 
 
 def conditioning_fingerprint(conditioning: list) -> list:
@@ -78,6 +75,39 @@ def empty_latent(patcher: ModelPatcher, size: tuple[int, int]) -> torch.Tensor:
     return comfy.sample.fix_empty_latent_channels(patcher, zeros)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Everything that the passes over the prompts have in common."""
+
+    patcher: ModelPatcher
+    layers: Mapping[str, torch.nn.Module]
+    positive: list[list]
+    negative: list
+    settings: Settings
+    plan: MemoryPlan
+    folder: Path
+    key: str
+    progress: Progress
+
+    def part(self, index: int) -> str:
+        """What tells the files of several passes apart."""
+        return "" if len(self.plan.passes) == 1 else f"-{index + 1}of{len(self.plan.passes)}"
+
+    def cache(self, index: int) -> Path:
+        return self.folder / f"{self.key[:32]}{self.part(index)}.safetensors"
+
+    def collector(self, index: int, sigmas: list[float]) -> Collector:
+        """An empty one for the layers of a pass."""
+        return Collector(
+            {name: self.layers[name].in_features for name in self.plan.passes[index]},
+            flow=is_flow(self.patcher),
+            covariance=self.plan.covariance,
+            max_bins=self.plan.bins,
+            rows=self.plan.rows,
+            sigmas=sigmas,
+        )
+
+
 def calibrate(
     patcher: ModelPatcher,
     positive: list[list],
@@ -97,16 +127,18 @@ def calibrate(
         raise ValueError("this model is quantized already; calibrate the full-precision model it came from")
     layers, _, _ = select(patcher)
     features = {name: module.in_features for name, module in layers.items()}
-    limit = covariance_limit(features, settings.memory_gb)
-    if limit is None:
-        progress.notes.append(
-            f"covariances do not fit {settings.memory_gb} GB: weights will be rounded to nearest instead of by GPTQ; "
-            "raise memory_gb for better quality"
-        )
-    prints = fingerprints(patcher, layers)
     sigmas = comfy.samplers.calculate_sigmas(
         patcher.get_model_object("model_sampling"), settings.scheduler, settings.steps
-    )
+    ).tolist()
+    bins = min(max(sum(sigma > 0 for sigma in sigmas), FEWEST_BINS), MAX_BINS)
+    plan = plan_memory(features, budget=int(settings.memory_gb * 2**30), bins=bins, passes=settings.passes)
+    progress.notes.append(str(plan))
+    if plan.covariance is None:
+        progress.notes.append(
+            f"covariances do not fit {settings.memory_gb} GB: weights will be rounded to nearest instead of by GPTQ; "
+            "raise memory_gb, or passes, for better quality"
+        )
+    prints = fingerprints(patcher, layers)
     described = {
         "steps": settings.steps,
         "cfg": settings.cfg,
@@ -114,35 +146,55 @@ def calibrate(
         "scheduler": settings.scheduler,
         "seed": settings.seed,
         "sizes": [list(size) for size in settings.sizes],
-        "sigmas": [f"{s:.6g}" for s in sigmas.tolist()],
+        "sigmas": [f"{s:.6g}" for s in sigmas],
         "prompts": [conditioning_fingerprint(p) for p in positive],
         "negative": conditioning_fingerprint(negative),
-        "covariance": limit,
+        "covariance": plan.covariance,
+        "rows": plan.rows,
+        "bins": plan.bins,
+        "passes": len(plan.passes),
     }
     key = settings_key(VERSION, prints, described)
-    cache = folder / f"{key[:32]}.safetensors"
-    collector = Collector(features, flow=is_flow(patcher), covariance=limit)
-    done = _resume(cache, collector, key, progress)
-    if done < len(positive):
-        sampled = hooked_clone(patcher, collector)
-        with torch.inference_mode(), collector.attached(layers):
-            for i in range(done, len(positive)):
-                _sample(sampled, positive[i], negative, settings, i, len(positive), progress)
+    run = Run(patcher, layers, positive, negative, settings, plan, folder, key, progress)
+    collectors: list[Collector] = []
+    with torch.inference_mode():
+        for index in range(len(plan.passes)):
+            collectors.append(_observe(run, index, collectors[0].sigmas if collectors else []))
+    return finish(collectors[0], prints, described | {"cache": run.cache(0).name}, collectors[1:])
+
+
+def _observe(run: Run, index: int, sigmas: list[float]) -> Collector:
+    """One pass over all prompts, from where its cache ends. sigmas: the bins of the first pass, empty in it."""
+    collector, cache, key = run.collector(index, sigmas), run.cache(index), run.key + run.part(index)
+    prompts = len(run.positive)
+    done = _resume(run, index, collector, key)
+    if done < prompts:
+        sampled = hooked_clone(run.patcher, collector)
+        with collector.attached({name: run.layers[name] for name in run.plan.passes[index]}):
+            for i in range(done, prompts):
+                _sample(sampled, run, i, index * prompts + i)
                 save_progress(cache, collector, key, i + 1)
-    return finish(collector, prints, described | {"cache": str(cache.name)})
+    if len(run.plan.passes) == 1:
+        return collector
+    # the next pass needs the memory: this one's statistics are read from its file as they are used
+    on_disk = run.collector(index, sigmas)
+    restore_progress(cache, on_disk, key, copy=False)
+    return on_disk
 
 
-def _resume(cache: Path, collector: Collector, key: str, progress: Progress) -> int:
+def _resume(run: Run, index: int, collector: Collector, key: str) -> int:
     """Prompts already in the cache; a file that does not fit is reported and recomputed, never half used."""
+    cache = run.cache(index)
     if not cache.exists():
         return 0
     try:
         done = restore_progress(cache, collector, key)
     except DamagedFile as error:
-        progress.notes.append(f"calibration cache refused and recomputed: {error}")
+        run.progress.notes.append(f"calibration cache refused and recomputed: {error}")
         log.warning("calibration cache refused and recomputed: %s", error)
         return 0
-    progress.notes.append(f"{done} prompts taken from the cache")
+    which = "" if len(run.plan.passes) == 1 else f", pass {index + 1}"
+    run.progress.notes.append(f"{done} prompts taken from the cache{which}")
     return done
 
 
@@ -158,13 +210,15 @@ def hooked_clone(patcher: ModelPatcher, collector: Collector) -> ModelPatcher:
     return clone
 
 
-def _sample(patcher, positive, negative, settings: Settings, i: int, prompts: int, progress: Progress) -> None:
-    """One prompt, start to end."""
+def _sample(patcher: ModelPatcher, run: Run, i: int, before: int) -> None:
+    """Prompt i, start to end, when `before` others have been sampled in all passes."""
+    settings = run.settings
     latent = empty_latent(patcher, settings.sizes[i % len(settings.sizes)])
     noise = comfy.sample.prepare_noise(latent, settings.seed + i)
+    prompts = len(run.positive) * len(run.plan.passes)
 
     def callback(step, denoised, x, total):
-        progress.step(i * total + step + 1, prompts * total, denoised)
+        run.progress.step(before * total + step + 1, prompts * total, denoised)
 
     comfy.sample.sample(
         patcher,
@@ -173,8 +227,8 @@ def _sample(patcher, positive, negative, settings: Settings, i: int, prompts: in
         settings.cfg,
         settings.sampler,
         settings.scheduler,
-        positive,
-        negative,
+        run.positive[i],
+        run.negative,
         latent,
         callback=callback,
         disable_pbar=True,

@@ -10,7 +10,9 @@ class Role(Enum):
     """What produces a Linear's input, and so what can be folded into the producer."""
 
     MODULATED = "modulated"  # adaLN: takes shift and scale
+    NORMED = "normed"  # a norm with weight and bias: takes shift and scale, the same at every timestep
     ATTENTION = "attention"  # softmax average of V: takes shift and scale through V
+    CONTEXT = "context"  # the encoded prompt, shared by all blocks: nothing can be folded
     ACTIVATED = "activated"  # behind a non-linearity: nothing can be folded
     OTHER = "other"
 

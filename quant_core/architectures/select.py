@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from .family import Family, family_of
 from .sd3 import SD3
+from .wan import WAN
 
-FAMILIES: tuple[Family, ...] = (SD3,)
+FAMILIES: tuple[Family, ...] = (SD3, WAN)
 
 SMALLEST = 32
 UNET = re.compile(r"(^|\.)(input_blocks\.\d+\.0\.(in_layers|op)|down_blocks\.\d+\.resnets)\b")

@@ -1,29 +1,21 @@
 """The measuring parts of benchmarks/quality.py, and that planted models are the same function."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import load
 from dit_quant.demo.emoji_dit import EmojiDiT
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name: str):
-    """A script of benchmarks/ as a module; its folder is only on the path while it loads."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        # dataclasses look their module up
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+from dit_quant.demo.experiment import (
+    Prompts,
+    Sampling,
+    calibrate,
+    quantizable,
+    quantized_copy,
+    reference_velocities,
+    update_with,
+)
+from dit_quant.quant_core.collector import Collector
+from dit_quant.quant_core.schemes import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +68,75 @@ def test_difference_is_seen(planted, model):
     twin = planted.plant(model, planted.mean_and_variance(model))
     twin.joint_blocks[0].x_block.attn.qkv.bias.add_(1.0)
     assert planted.function_difference(model, twin) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def wan(emoji_wan):
+    """Every parameter random: a table or a norm that was left out would otherwise not show."""
+    torch.manual_seed(0)
+    model = emoji_wan.EmojiWan(emoji_wan.WanConfig(depth=2)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def emoji_wan():
+    return load("emoji_wan")
+
+
+def test_planted_wan_keeps_the_function_and_widens_every_input_but_those_behind_gelu(planted, wan):
+    twin = planted.plant_wan(wan)
+    assert planted.function_difference(wan, twin) < 1e-5
+    before, after = widest_inputs(wan), widest_inputs(twin)
+    assert all(after[name] > 3 * before[name] for name in before if not name.endswith("ffn.2"))
+    assert all(after[name] == pytest.approx(before[name], rel=1e-3) for name in before if name.endswith("ffn.2"))
+
+
+def widest_inputs(model) -> dict[str, float]:
+    """Largest magnitude at the input of every Linear of the blocks, on one random call."""
+    layers, _ = quantizable(model)
+    collector = Collector({name: layer.in_features for name, layer in layers.items()}, flow=True, covariance=None)
+    collector.at(0.5)
+    with collector.attached(layers):
+        generator = torch.Generator().manual_seed(0)
+        x, context = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 8, 64, generator=generator)
+        model(x, torch.full((2,), 0.5), context, None)
+    seen = collector.results()[1]
+    return {name: float(torch.maximum(-row.minimum, row.maximum).max()) for name, row in seen.items()}
+
+
+def test_a_model_is_not_planted_in_the_other_family(quality, model, wan):
+    for name, base in (("emoji_wan", model), ("emoji_wan_outliers", model), ("emoji", wan), ("emoji_drift", wan)):
+        with pytest.raises(ValueError, match="not planted in"):
+            quality.planted_model(name, base, None)
+    with pytest.raises(ValueError, match="no model emoji_other"):
+        quality.planted_model("emoji_other", model, None)
+
+
+def test_a_model_that_is_not_bundled_must_be_given(quality):
+    with pytest.raises(SystemExit, match="--layout wan"):
+        quality.plain_model("emoji_wan", None)
+
+
+def test_both_families_are_measured_alike(quality, wan):
+    """Calibrated, rounded by us and by a rival, and run in bf16: each is a little off, none is broken."""
+    generator = torch.Generator().manual_seed(1)
+    context, pooled = torch.randn(3, 8, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    noise = torch.randn(2, 16, 8, 8, generator=generator)
+    prompts = Prompts(("a", "b"), context[:2], pooled[:2], noise, (context[2:], pooled[2:]))
+    sampling = Sampling(steps=3)
+    calibration, latents = calibrate(wan, prompts, sampling)
+    setting = quality.Setting(prompts, sampling, latents, reference_velocities(wan, prompts, sampling, probes=2))
+    twin, state, report = quantized_copy(wan, calibration, PRESETS["W8A8"])
+    assert report.notes == ("family Wan",)
+    assert len(report.layers) == 2 * 10
+    errors = {
+        "ours": quality.measure(twin, update_with(state), setting),
+        "rival": quality.measure(load("rivals").smoothquant(wan, calibration).model, None, setting),
+        "bf16": quality.measure(quality.bf16(wan), None, setting),
+    }
+    for name, found in errors.items():
+        assert (found["velocity"] > 0).all(), name
+        assert (found["velocity"] < 0.05).all(), name
+    assert next(wan.parameters()).dtype is torch.float32

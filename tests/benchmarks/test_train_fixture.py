@@ -1,6 +1,5 @@
 """The training script on four random pictures, with a clock that ticks once per look: state, resume, export."""
 
-import importlib.util
 import itertools
 import json
 import sys
@@ -9,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import load
 from dit_quant.demo.emoji_dit import DiTConfig, EmojiDiT, load_emoji_dit
 from dit_quant.demo.pixels import to_rgb
 from dit_quant.demo.prompts import load_prompt_table
-from host_location import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,9 +23,7 @@ STEPS = 5
 @pytest.fixture
 def script(monkeypatch):
     """The module, with a model of one block and a clock of our own."""
-    spec = importlib.util.spec_from_file_location("train_fixture", ROOT / "benchmarks" / "train_fixture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("train_fixture")
     monkeypatch.setattr(module, "EmojiDiT", lambda: EmojiDiT(DiTConfig(depth=1)))
     return module
 
@@ -170,3 +167,31 @@ def test_export_is_what_the_demo_loads(train, tmp_path):
     assert table.prompts == ("red apple", "green apple", "dog face", "cat")
     assert list(table.vocabulary) == ["<pad>", "<empty>", "apple", "cat", "dog", "face", "green", "red"]
     assert torch.equal(table.words, state["ema.words"].bfloat16().float())
+
+
+def test_wan_starts_at_zero_velocity_and_every_part_of_it_learns(script):
+    """A block that begins as the identity has no gradient behind its gate: two steps reach every parameter."""
+    torch.manual_seed(0)
+    model = script.Trainee(6, "wan")
+    x, ids = torch.randn(2, 16, 16, 16), torch.randint(0, 6, (2, 8))
+    with torch.no_grad():
+        assert not model(x, torch.rand(2), ids).any()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        script.flow_loss(model, x, ids).backward()
+        optimizer.step()
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert still == set()
+
+
+def test_wan_is_exported_as_its_loader_reads_it(script, tmp_path):
+    torch.manual_seed(0)
+    model = script.Trainee(6, "wan")
+    script.export(tmp_path, dict(model.state_dict()), list("abcdef"), ["a b"], "wan")
+    loaded = load("quality").plain_model("emoji_wan", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(script.FILES["wan"])
+    for name, value in loaded[0].state_dict().items():
+        assert torch.equal(value, model.dit.state_dict()[name].bfloat16().float()), name
+    assert loaded[1].prompts == ("a b",)

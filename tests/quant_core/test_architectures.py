@@ -1,10 +1,13 @@
-"""The SD3 spec against the network that it describes, and the choice of layers."""
+"""The specs of SD3 and Wan against the networks that they describe, and the choice of layers."""
 
 import pytest
 import torch
+from benchmark_scripts import load
 from dit_quant.demo.emoji_dit import DiTConfig, EmojiDiT
+from dit_quant.quant_core.absorb import absorbing_sites
 from dit_quant.quant_core.architectures import FAMILIES, NotADiT, Role, family_of, select_layers
 from dit_quant.quant_core.architectures.sd3 import SD3
+from dit_quant.quant_core.architectures.wan import WAN
 from torch import nn
 
 
@@ -89,3 +92,69 @@ def test_a_unet_and_a_model_without_blocks_are_refused():
         select_layers({"head": (64, 64)}, ["head.weight"])
     with pytest.raises(NotADiT):
         select_layers({}, [])
+
+
+WAN_ROLES = {
+    **{f"self_attn.{name}": Role.MODULATED for name in "qkv"},
+    "self_attn.o": Role.ATTENTION,
+    "cross_attn.q": Role.NORMED,
+    "cross_attn.k": Role.CONTEXT,
+    "cross_attn.v": Role.CONTEXT,
+    "cross_attn.o": Role.ATTENTION,
+    "ffn.0": Role.MODULATED,
+    "ffn.2": Role.ACTIVATED,
+}
+
+
+@pytest.fixture(scope="module")
+def wan():
+    emoji_wan = load("emoji_wan")
+    with torch.device("meta"):
+        model = emoji_wan.EmojiWan(emoji_wan.WanConfig(depth=2))
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {name: (m.out_features, m.in_features) for name, m in found.items()}, set(model.state_dict())
+
+
+def test_wan_rounds_its_blocks_and_keeps_the_rest(wan):
+    shapes, keys = wan
+    assert family_of(keys, FAMILIES) is WAN
+    chosen, kept, family = select_layers(shapes, keys)
+    assert family is WAN
+    assert {name: WAN.role(name) for name in chosen} == {
+        f"blocks.{i}.{name}": role for i in range(2) for name, role in WAN_ROLES.items()
+    }
+    assert set(kept) == {
+        *("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"),
+        *("time_projection.1", "head.head"),
+    }
+
+
+def test_wan_declares_no_producer_to_absorb_into(wan):
+    """The adaLN Linear is shared by all blocks: a fold into it for one block would change the others."""
+    _, keys = wan
+    assert absorbing_sites(dict.fromkeys(keys, torch.zeros(1)), WAN) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("blocks.39.cross_attn.v_img", Role.CONTEXT),
+        ("vace_blocks.3.ffn.0", Role.MODULATED),
+        ("vace_blocks.0.before_proj", Role.OTHER),
+        ("blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q", Role.NORMED),
+    ],
+)
+def test_variants_of_wan_have_more_in_their_blocks(name, role):
+    chosen, kept, family = select_layers({name: (64, 64)}, ["head.modulation", f"{name}.weight"])
+    assert family is WAN
+    assert (chosen, kept) == ([name], {})
+    assert WAN.role(name) is role
+
+
+@pytest.mark.parametrize(
+    "name", ["img_emb.proj.1", "face_adapter.fuser_blocks.0.linear2", "audio_injector.injector.0.q", "head.head"]
+)
+def test_what_variants_of_wan_add_beside_the_blocks_is_kept(name):
+    _, kept, _ = select_layers({name: (64, 64), "blocks.0.ffn.0": (64, 64)}, ["head.modulation", f"{name}.weight"])
+    assert set(kept) == {name}
+    assert "outside" in kept[name]

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from dit_quant.quant_core.observers import LayerObserver, NonFiniteActivation, covariance_block
+from dit_quant.quant_core import observers
+from dit_quant.quant_core.observers import LayerObserver, NonFiniteActivation, covariance_block, panel_starts
+from dit_quant.quant_core.row_sample import ROWS
 from drift import drift
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+
+def assert_means(found, samples):
+    """fp32 sums in a cascade: off by a few roundings of mean |x|, however many samples. Stored in fp32."""
+    for mean, x in zip(found, samples, strict=True):
+        exact = x.double().mean(dim=0)
+        bound = 2**-24 * (4 * x.double().abs().mean(dim=0) + exact.abs())
+        assert ((mean - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(("K", "block"), [(1, 1), (7, None), (33, 33), (100, 20), (64, 16)])
@@ -16,8 +26,7 @@ def test_statistics_are_those_of_the_raw_samples(K, block):
         assert s.count[t] == len(x)
         assert torch.equal(s.minimum[t], x.amin(dim=0))
         assert torch.equal(s.maximum[t], x.amax(dim=0))
-        # a float64 sum, stored as fp32
-        torch.testing.assert_close(s.mean[t], x.double().mean(dim=0).float(), rtol=2**-23, atol=1e-7)
+    assert_means(s.mean, found.samples)
     if block is None:
         assert s.second_moment is None
         return
@@ -27,6 +36,76 @@ def test_statistics_are_those_of_the_raw_samples(K, block):
     # fp32 sums over M = 135 tokens: at most M u of the sum of magnitudes, sqrt(S_ii S_jj) bounds it
     size = exact.diagonal(dim1=1, dim2=2).sqrt()
     assert ((s.second_moment - exact).abs() <= len(pool) * 2**-24 * size[:, :, None] * size[:, None, :]).all()
+
+
+@pytest.mark.parametrize("count", [1000, 100_000])
+def test_means_do_not_lose_digits_with_the_number_of_tokens(count):
+    """0.1 added one by one in fp32 is off by hundreds of roundings after 1000 of them."""
+    observer = LayerObserver("layer", 3, None)
+    x = torch.full((count, 3), 0.1) + torch.tensor([0.0, 1.0, -7.0])
+    observer.update(x, 0, 0.5)
+    assert_means(observer.statistics([0]).mean, [x])
+
+
+@pytest.mark.parametrize("K", [1, 127, 128, 129, 300, 1100])
+def test_panels_cover_the_upper_triangle_once(K):
+    """As x runs in calls of 1 and 50 tokens; symmetric to the bit, and equal to the whole product up to fp32."""
+    x = torch.randn(51, K, generator=torch.Generator().manual_seed(0)) + 3
+    observer = LayerObserver("layer", K, K)
+    for part in x.split([1, 50]):
+        observer.update(part, 0, 0.5)
+    moment = observer.statistics([0]).second_moment[0]
+    exact = x.double().T @ x.double() / len(x)
+    size = exact.diagonal().sqrt()
+    assert ((moment - exact).abs() <= (len(x) + 4) * 2**-24 * size[:, None] * size).all()
+    assert len(panel_starts(K)) <= 8
+    for i in panel_starts(K):
+        end = i + panel_starts(K).step
+        assert torch.equal(moment[i:end, end:], moment[end:, i:end].T)
+
+
+def test_long_inputs_are_worked_on_in_chunks(monkeypatch):
+    found = drift(33, 3)
+    whole = found.statistics(11)
+    monkeypatch.setattr(observers, "CHUNK", 4 * 33)
+    chunked = found.statistics(11)
+    for field in ("count", "minimum", "maximum", "rows", "row_bin"):
+        assert torch.equal(getattr(whole, field), getattr(chunked, field))
+    assert_means(chunked.mean, found.samples)
+    scale = float(whole.second_moment.abs().amax())
+    torch.testing.assert_close(chunked.second_moment, whole.second_moment, rtol=0, atol=2**-20 * scale)
+
+
+def is_subset(rows, x) -> bool:
+    """Whether every row is one of x, in fp16, and none twice."""
+    same = (rows[:, None] == x.half()[None]).all(dim=2)
+    return bool(same.any(dim=1).all()) and len(rows.unique(dim=0)) == len(rows)
+
+
+def test_rows_are_tokens_of_their_timestep():
+    found = drift(7, 5)
+    s = found.statistics()
+    assert s.rows.shape == (len(s.row_bin), 7)
+    for t, x in enumerate(found.samples):
+        assert (s.row_bin == t).sum() == min(len(x), ROWS)
+        assert is_subset(s.rows[s.row_bin == t], x)
+    observer = LayerObserver("layer", 7, None, rows=0)
+    observer.update(found.samples[0], 0, 0.5)
+    assert observer.statistics([0]).rows is None
+    assert observer.statistics([0]).row_bin is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_inputs_count_as_their_values(dtype):
+    found = drift(33, 2)
+    x = found.samples[0].clamp(-1e4, 1e4).to(dtype)
+    narrow, wide = LayerObserver("layer", 33, 33), LayerObserver("layer", 33, 33)
+    narrow.update(x, 0, 0.5)
+    wide.update(x.float(), 0, 0.5)
+    a, b = narrow.statistics([0]), wide.statistics([0])
+    assert_means(a.mean, [x])
+    for field in ("minimum", "maximum", "second_moment", "rows"):
+        assert torch.equal(getattr(a, field), getattr(b, field))
 
 
 def test_streaming_in_any_order_equals_one_call():
@@ -41,7 +120,7 @@ def test_streaming_in_any_order_equals_one_call():
     assert torch.equal(streamed.count, whole.count)
     assert torch.equal(streamed.minimum, whole.minimum)
     assert torch.equal(streamed.maximum, whole.maximum)
-    torch.testing.assert_close(streamed.mean, whole.mean, rtol=2**-23, atol=1e-7)
+    assert_means(streamed.mean, found.samples)
     scale = float(whole.second_moment.abs().amax())
     torch.testing.assert_close(streamed.second_moment, whole.second_moment, rtol=0, atol=2**-18 * scale)
 
@@ -64,17 +143,21 @@ def test_merging_bins_conserves_everything():
     observer = LayerObserver("layer", 7, 7)
     for t, x in enumerate(found.samples):
         observer.update(x, t, 0.5)
-    moment = observer.moment.clone()
+    moment = observer.tensors()["moment"].clone()
     observer.merge_rows(1, 3)
     joined = torch.cat([found.samples[1], found.samples[3]])
     rest = [found.samples[0], joined, found.samples[2], found.samples[4]]
-    s = observer.statistics([0, 1, 2, 3])
+    assert float(observer.count[3]) == 0
+    s = observer.statistics([0, 1, 2, 4])
     assert s.count.tolist() == [len(x) for x in rest]
     for t, x in enumerate(rest):
         assert torch.equal(s.minimum[t], x.amin(dim=0))
         assert torch.equal(s.maximum[t], x.amax(dim=0))
-        torch.testing.assert_close(s.mean[t], x.double().mean(dim=0).float(), rtol=2**-23, atol=1e-7)
+    assert_means(s.mean, rest)
     assert torch.equal(observer.moment, moment)
+    for t, x in enumerate(rest):
+        assert is_subset(s.rows[s.row_bin == t], x)
+        assert (s.row_bin == t).sum() == min(len(x), ROWS)
 
 
 def test_statistics_have_no_effect_and_follow_the_order():
@@ -84,8 +167,9 @@ def test_statistics_have_no_effect_and_follow_the_order():
         observer.update(found.samples[t], row, 0.5)
     first, second = observer.statistics([1, 2, 0]), observer.statistics([1, 2, 0])
     plain = found.statistics()
-    for field in ("count", "mean", "minimum", "maximum"):
+    for field in ("count", "mean", "minimum", "maximum", "rows", "row_bin"):
         assert torch.equal(getattr(first, field), getattr(second, field))
+    for field in ("count", "mean", "minimum", "maximum"):
         assert torch.equal(getattr(first, field), getattr(plain, field))
 
 
@@ -97,6 +181,8 @@ def test_a_skipped_sigma_takes_the_nearest_one_and_counts_nothing():
     assert s.count.tolist() == [5, 0, 0, 5]
     assert s.mean[:, 0].tolist() == [1, 1, 4, 4]
     assert s.minimum[:, 0].tolist() == [1, 1, 4, 4]
+    assert s.row_bin.tolist() == [0] * 5 + [3] * 5
+    assert s.rows[:, 0].tolist() == [1] * 5 + [4] * 5
 
 
 def test_a_layer_that_never_ran_says_so():

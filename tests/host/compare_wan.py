@@ -1,0 +1,93 @@
+"""Run by the host's own interpreter in the host's folder: benchmarks' EmojiWan against the host's class, as JSON.
+
+Also what the pack would round in every variant of Wan that the host knows, from models without memory.
+
+usage: python compare_wan.py PACK_ROOT
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(sys.argv[1])
+sys.argv[1:] = ["--cpu"]
+sys.path[0] = str(Path.cwd())
+
+import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_base  # noqa: E402 - imports every variant
+import comfy.ops  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
+
+
+def bind(name: str, path: Path, **options):
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bind("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+from dit_quant.quant_core.architectures import select_layers  # noqa: E402
+from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
+
+emoji_wan = bind("emoji_wan", ROOT / "benchmarks" / "emoji_wan.py")
+SHAPE = {"dim": 256, "ffn_dim": 1024, "num_heads": 2, "text_dim": 64, "in_dim": 16, "out_dim": 16}
+
+
+def build(variant: type[WanModel], **options) -> WanModel:
+    return variant(**SHAPE, **options, operations=comfy.ops.disable_weight_init)
+
+
+def subclasses(variant: type) -> list[type]:
+    return [found for child in variant.__subclasses__() for found in (child, *subclasses(child))]
+
+
+@torch.inference_mode()
+def outputs() -> dict[str, float]:
+    """Relative difference of one call, by picture size and noise level, for random weights of every parameter."""
+    torch.manual_seed(0)
+    ours = emoji_wan.EmojiWan().eval()
+    for parameter in ours.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    host = build(WanModel, num_layers=ours.config.depth, dtype=torch.float32).eval()
+    host.load_state_dict(ours.state_dict(), strict=True)
+    errors = {}
+    for shape in ((16, 16), (12, 20), (8, 8)):
+        for sigma in (1.0, 0.6, 0.05):
+            x, context = torch.randn(3, 16, *shape), torch.randn(3, 8, 64)
+            level = torch.full((3,), sigma)
+            expected = host(x[:, :, None], level * 1000, context)[:, :, 0]
+            errors[f"{shape} {sigma}"] = relative_l2(expected, ours(x, level, context, None))
+    return errors
+
+
+def rounded(model: WanModel) -> dict:
+    """Family of a model and the roles of its chosen layers; names with the block number as N."""
+    linears = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
+    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
+    chosen, kept, family = select_layers(shapes, [name for name, _ in model.named_parameters()])
+    split = {name: family.split(name) for name in chosen}
+    return {
+        "family": family.name,
+        "roles": {
+            f"{block.split('.')[0]}.N.{rest}": family.role(f"{block}.{rest}").value for block, rest in split.values()
+        },
+        "kept": sorted(kept),
+    }
+
+
+def main() -> None:
+    options = {"device": "meta", "num_layers": 5}
+    variants = {"t2v": build(WanModel, **options), "i2v": build(WanModel, model_type="i2v", **options)}
+    for variant in subclasses(WanModel):
+        more = {"vace_layers": 2, "vace_in_dim": 96} if variant is VaceWanModel else {}
+        variants[variant.__name__] = build(variant, **options, **more)
+    print(json.dumps({"errors": outputs(), "variants": {name: rounded(model) for name, model in variants.items()}}))
+
+
+main()

@@ -1,0 +1,58 @@
+"""Wan in the host: benchmarks' readable EmojiWan is the host's class, and every variant of it is known to the pack."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from host_location import ROOT, find_host, why_no_host
+
+pytestmark = pytest.mark.host
+
+SCRIPT = Path(__file__).with_name("compare_wan.py")
+ADAPTERS = ("face_adapter.", "audio_injector.", "music_")
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    host = find_host()
+    if host is None:
+        pytest.skip(f"HOST TESTS SKIPPED: {why_no_host()}")
+    done = subprocess.run(
+        [str(host.python), str(SCRIPT), str(ROOT)],
+        cwd=host.root,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_call_agrees(comparison):
+    """fp32 on both sides, and the timestep embedding takes cosines of up to 1000 radians: 1e-7 of that."""
+    assert len(comparison["errors"]) == 9
+    assert max(comparison["errors"].values()) < 1e-4, comparison["errors"]
+
+
+def test_every_variant_is_recognised_and_its_blocks_are_rounded(comparison):
+    variants = comparison["variants"]
+    assert {"t2v", "i2v", "VaceWanModel"} < set(variants)
+    common = variants["t2v"]["roles"]
+    assert len(common) == 10
+    for name, variant in variants.items():
+        assert variant["family"] == "Wan", name
+        assert common.items() <= variant["roles"].items(), name
+        # VACE's projections read its control picture and the residual stream
+        unknown = {layer for layer, role in variant["roles"].items() if role == "other"}
+        assert all(layer.endswith(("before_proj", "after_proj")) for layer in unknown), unknown
+        assert not any("blocks." in layer and not layer.startswith(ADAPTERS) for layer in variant["kept"]), name
+        assert {"head.head", "time_projection.1", "text_embedding.0"} < set(variant["kept"]), name
+
+
+def test_what_variants_add_to_the_blocks(comparison):
+    variants = comparison["variants"]
+    assert variants["i2v"]["roles"]["blocks.N.cross_attn.k_img"] == "context"
+    assert {f"vace_{name}" for name in variants["t2v"]["roles"]} < set(variants["VaceWanModel"]["roles"])

@@ -1,0 +1,159 @@
+"""Memory plans: what they promise is what the statistics take, and no more than the budget."""
+
+import itertools
+
+import pytest
+import torch
+from dit_quant.quant_core.collector import Collector
+from dit_quant.quant_core.memory import COVARIANCE_LIMITS, MemoryPlan, moment_nbytes, plan_memory, split_passes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+# 4 blocks of a transformer: q, k, v, out, fc1, and fc2 four times as wide
+FEATURES = {f"{i}.{name}": K for i in range(4) for name, K in zip("qkvo1", [512] * 5, strict=True)}
+FEATURES |= {f"{i}.2": 2048 for i in range(4)}
+BINS = 10
+
+
+def plan(budget, passes=1, bins=BINS, features=FEATURES):
+    return plan_memory(features, budget=int(budget), bins=bins, passes=passes)
+
+
+def needed(limit):
+    return sum(moment_nbytes(K, limit) for K in FEATURES.values())
+
+
+@pytest.mark.parametrize("budget", [2.5e6, 20e6, 40e6, 60e6, 1e9])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_statistics_take_what_was_planned(budget, passes):
+    """Real tensors: every layer fed with its own input at more noise levels than there are bins."""
+    found = plan(budget, passes)
+    assert found.nbytes <= budget
+    small = moments = 0
+    for names in found.passes:
+        collector = Collector(
+            {name: FEATURES[name] for name in names},
+            flow=True,
+            covariance=found.covariance,
+            max_bins=found.bins,
+            rows=found.rows,
+        )
+        for sigma in torch.linspace(1, 0.1, BINS + 3).tolist():
+            collector.at(sigma)
+            for name in names:
+                collector.record(name, torch.full((30, FEATURES[name]), sigma))
+        total = collector.nbytes
+        kept = sum(o.moment.nbytes for o in collector.groups() if o.moment is not None)
+        small, moments = small + total - kept, max(moments, kept)
+    assert small + moments == found.nbytes
+
+
+@given(
+    st.lists(st.sampled_from([64, 256, 1024, 1536, 3072, 4096, 15360]), min_size=1, max_size=30),
+    st.floats(6, 10),
+    st.integers(1, 8),
+    st.integers(1, 64),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_budget_is_kept_or_refused(widths, exponent, passes, bins):
+    features, budget = {str(i): K for i, K in enumerate(widths)}, int(10**exponent)
+    try:
+        found = plan_memory(features, budget=budget, bins=bins, passes=passes)
+    except ValueError:
+        assert sum(16 * K for K in widths) * min(bins, 8) * 2 > budget
+        return
+    assert found.nbytes <= budget
+    assert found.bins <= bins
+    assert found.rows <= 24
+    assert len(found.passes) <= passes
+    assert sorted(itertools.chain(*found.passes), key=int) == list(features)
+    # more passes never make it worse, nor does more memory
+    if passes < 8:
+        more = plan_memory(features, budget=budget, bins=bins, passes=passes + 1)
+        assert (more.covariance or 0) >= (found.covariance or 0)
+    more = plan_memory(features, budget=2 * budget, bins=bins, passes=passes)
+    assert (more.covariance or 0) >= (found.covariance or 0)
+
+
+@pytest.mark.parametrize("limit", COVARIANCE_LIMITS)
+def test_one_pass_where_one_is_enough(limit):
+    """However many are allowed: a pass is a whole sampling of all prompts."""
+    found = plan(2**40, passes=8)
+    assert found.covariance == max(COVARIANCE_LIMITS)
+    assert found.passes == (tuple(FEATURES),)
+    assert found.rows == 24
+
+
+def test_wider_blocks_in_as_few_passes_as_they_need():
+    widths = {passes: plan(40e6, passes).covariance for passes in range(1, 9)}
+    assert widths[1] < widths[8]
+    for passes in range(1, 9):
+        found = plan(40e6, passes)
+        fewest = next(p for p in range(1, 9) if widths[p] == widths[passes])
+        assert len(found.passes) == fewest
+        # and not narrower than need be: wider blocks need more passes in the same room, or one does not fit at all
+        moments = [sum(moment_nbytes(FEATURES[name], found.covariance) for name in part) for part in found.passes]
+        room = 40e6 - (found.nbytes - max(moments))
+        for limit in (limit for limit in COVARIANCE_LIMITS if limit > found.covariance):
+            sizes = {name: moment_nbytes(K, limit) for name, K in FEATURES.items()}
+            parts = split_passes(sizes, int(room))
+            assert parts is None or len(parts) > passes
+
+
+def test_samples_give_way_to_the_narrowest_covariances():
+    everything = plan(2**40)
+    narrow = needed(COVARIANCE_LIMITS[-1])
+    sums = plan(0).nbytes
+    tight = plan(sums + narrow + 1e5)
+    assert tight.covariance == COVARIANCE_LIMITS[-1]
+    assert tight.rows < everything.rows
+    assert plan(sums + narrow - 1).covariance is None
+    assert plan(sums + narrow).rows == 0
+
+
+def test_fewer_bins_before_nothing_fits():
+    one = plan(0, bins=1).nbytes
+    assert plan(9 * one + 10).bins == 9
+    assert plan(8 * one).bins == 8
+    with pytest.raises(ValueError, match=r"memory_gb.*raise it, or set 0"):
+        plan(8 * one - 1)
+    assert plan(3 * one, bins=3).bins == 3
+
+
+def test_zero_switches_covariances_and_samples_off():
+    found = plan(0)
+    assert (found.covariance, found.rows, found.bins) == (None, 0, BINS)
+    assert found.passes == (tuple(FEATURES),)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(50, 300))
+def test_parts_hold_every_layer_once_within_the_capacity(sizes, capacity):
+    named = {f"l{i}": size for i, size in enumerate(sizes)}
+    parts = split_passes(named, capacity)
+    if max(sizes) > capacity:
+        assert parts is None
+        return
+    assert sorted(itertools.chain(*parts)) == sorted(named)
+    assert all(sum(named[name] for name in part) <= capacity for part in parts)
+    # no two of them would fit in one
+    loads = sorted(sum(named[name] for name in part) for part in parts)
+    assert len(loads) == 1 or loads[0] + loads[1] > capacity
+    names = list(named)
+    assert all(sorted(part, key=names.index) == list(part) for part in parts)
+
+
+def test_equal_layers_mostly_stay_together():
+    """q, k and v of a block read the same input, which is observed once if they meet: a boundary parts one block."""
+    sizes = {f"{i}.{name}": size for i in range(40) for name, size in (("q", 3), ("k", 3), ("v", 3), ("2", 12))}
+    parts = split_passes(sizes, 250)
+    homes = {name: n for n, part in enumerate(parts) for name in part}
+    parted = sum(len({homes[f"{i}.{name}"] for name in "qkv"}) > 1 for i in range(40))
+    assert len(parts) == 4
+    assert parted < len(parts)
+
+
+def test_the_report_line():
+    found = MemoryPlan(4096, 24, 28, (("a",), ("b",)), int(3.14 * 2**30))
+    assert str(found) == "covariance blocks up to 4096, 24 rows sampled per noise level, 2 passes, 3.1 GB"
+    assert str(plan(0)).startswith("no covariances, 0 rows")
+    assert "1 pass, " in str(plan(2**40))
