@@ -1,12 +1,14 @@
 """Quality of every method on the same prompts, seeds and noise, with paired bootstrap intervals.
 
     python benchmarks/quality.py --model emoji --out benchmarks/results/quality_emoji.json [--quick]
-    python benchmarks/quality.py --model emoji_wan --wan wan/ --out benchmarks/results/quality_emoji_wan.json
 
-Models: emoji (the bundled DiT), emoji_outliers and emoji_drift (the same function with planted outliers, see
-planted.py), emoji_mean_drift (planted_drift.py); emoji_wan, which train_fixture.py --layout wan writes into the folder
-of --wan, and emoji_wan_outliers. Rivals need `pip install comfy-kitchen`. LPIPS is not measured: its backbone cannot be
-downloaded everywhere and 32x32 pictures are below its training size; SSIM stands in.
+Models: emoji (the bundled DiT); emoji_outliers and emoji_drift (planted.py), the same function with planted outliers;
+emoji_mean_drift (planted_drift.py), whose planted means move with sigma; emoji_all_outliers, with both, as in
+billion-parameter models; emoji_wan, which train_fixture.py --layout wan wrote into benchmarks/assets, and
+emoji_wan_outliers. Rivals need `pip install comfy-kitchen`.
+
+LPIPS and FID are not measured: their networks cannot be downloaded everywhere, and 32x32 pictures are below their
+training size; SSIM stands in.
 """
 
 import argparse
@@ -38,7 +40,16 @@ from dit_quant.demo.prompts import PromptTable, load_prompt_table
 from dit_quant.demo.sampler import guided_velocity
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.metrics import psnr_db
-from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, QuantScheme, Rounding, Scale, Shift, WeightArgs
+from dit_quant.quant_core.schemes import (
+    PRESETS,
+    ActivationArgs,
+    Granularity,
+    Partition,
+    QuantScheme,
+    Rounding,
+    Scale,
+    Shift,
+)
 from emoji_wan import EmojiWan, load_emoji_wan
 from planted import drifting, function_difference, mean_and_variance, plant, plant_wan
 from planted_drift import mean_drift
@@ -47,8 +58,17 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from train_fixture import FILES
 
+WAN = Path(__file__).resolve().parent / "assets"
 ASSETS = Path(__file__).resolve().parents[1] / "demo" / "assets"
-MODELS = ("emoji", "emoji_outliers", "emoji_drift", "emoji_mean_drift", "emoji_wan", "emoji_wan_outliers")
+MODELS = (
+    "emoji",
+    "emoji_outliers",
+    "emoji_drift",
+    "emoji_mean_drift",
+    "emoji_all_outliers",
+    "emoji_wan",
+    "emoji_wan_outliers",
+)
 BASELINES = {8: "native int8 + ConvRot", 4: "native asym_w4a8_int8"}
 DRAWS = 2000
 FLOOR = "bf16 (noise floor)"
@@ -56,24 +76,53 @@ FLOOR = "bf16 (noise floor)"
 
 def ours() -> dict[str, QuantScheme]:
     """Presets, round to nearest, and one ablation per ingredient."""
-    w8, w4 = PRESETS["W8A8"], PRESETS["W4A8"]
-    nearest = w8.weights.with_options(rounding=Rounding.NEAREST)
+    w8, static, w4, paper = (PRESETS[name] for name in ("W8A8", "W8A8 static", "W4A8", "htg_paper"))
+    grid = w4.weights
+    tokens = ActivationArgs(Granularity.PER_TOKEN, symmetric=False)
     return {
         "rtn_w8a8": PRESETS["rtn_w8a8"],
-        "htg_paper": PRESETS["htg_paper"],
         "W8A8": w8,
+        "W8A8, one group": w8.with_options(partition=Partition.SINGLE),
+        "W8A8, groups per layer": w8.with_options(partition=Partition.LAYER),
+        "W8A8, interpolated": w8.with_options(interpolate=True),
         "W8A8, no shift": w8.with_options(shift=Shift.NONE),
         "W8A8, no scale": w8.with_options(scale=Scale.NONE),
-        "W8A8, no rotation": w8.with_options(hadamard=1),
+        "W8A8, scale at half strength": w8.with_options(scale_strength=0.5),
+        "W8A8, Hadamard 64": w8.with_options(hadamard=64),
         "W8A8, symmetric tokens": w8.with_options(activations=ActivationArgs()),
-        "W8A8, nearest": w8.with_options(weights=nearest),
+        "W8A8, nearest": w8.with_options(weights=w8.weights.with_options(rounding=Rounding.NEAREST)),
+        "W8A8 fast": PRESETS["W8A8 fast"],
+        "W8A8 static": static,
+        "W8A8 static, one group": static.with_options(partition=Partition.SINGLE),
+        "W8A8 static, interpolated": static.with_options(interpolate=True),
+        "W8A8 static, no shift": static.with_options(shift=Shift.NONE),
+        "W8A8 static, no scale": static.with_options(scale=Scale.NONE),
+        "W8A8 static, no rotation": static.with_options(hadamard=1),
+        # the paper's ladder: per-tensor ranges fixed in advance, then its three ideas one by one
+        "htg_paper": paper,
+        "htg_paper, one group": paper.with_options(partition=Partition.SINGLE),
+        "htg_paper, no shift": paper.with_options(shift=Shift.NONE),
+        "htg_paper, no scale": paper.with_options(scale=Scale.NONE),
+        "htg_paper, group ranges only": paper.with_options(shift=Shift.NONE, scale=Scale.NONE),
+        "htg_paper, scale only": paper.with_options(shift=Shift.NONE, partition=Partition.SINGLE),
+        "htg_paper, nothing (static int8)": paper.with_options(
+            shift=Shift.NONE, scale=Scale.NONE, partition=Partition.SINGLE
+        ),
+        "htg_paper, bias corrected": paper.with_options(bias_correction=True),
         "rtn_w4a8": PRESETS["rtn_w4a8"],
         "W4A8": w4,
-        "W4A8, group 32": w4.with_options(weights=w4.weights.with_options(group_size=32)),
+        "W4A8, group 32": w4.with_options(weights=grid.with_options(group_size=32)),
+        "W4A8, group 64": w4.with_options(weights=grid.with_options(group_size=64)),
+        "W4A8, one group": w4.with_options(partition=Partition.SINGLE),
         "W4A8, no shift": w4.with_options(shift=Shift.NONE),
+        "W4A8, no shift, bias corrected": w4.with_options(shift=Shift.NONE, bias_correction=True),
         "W4A8, no scale": w4.with_options(scale=Scale.NONE),
+        "W4A8, scale at full strength": w4.with_options(scale_strength=1.0),
         "W4A8, no rotation": w4.with_options(hadamard=1),
-        "W4A8, nearest": w4.with_options(weights=WeightArgs(4, 64, symmetric=False)),
+        "W4A8, asymmetric tokens": w4.with_options(activations=tokens),
+        "W4A8, symmetric weights": w4.with_options(weights=grid.with_options(symmetric=True)),
+        "W4A8, no level search": w4.with_options(weights=grid.with_options(search=False)),
+        "W4A8, nearest": w4.with_options(weights=grid.with_options(rounding=Rounding.NEAREST)),
     }
 
 
@@ -114,9 +163,11 @@ def planted_model(name: str, base: nn.Module, calibration: Calibration) -> nn.Mo
             twin = plant(base, mean_and_variance(base))
         case "emoji_drift":
             twin = plant(base, drifting(base, calibration.layers))
-        case "emoji_mean_drift":
+        case "emoji_mean_drift" | "emoji_all_outliers":
             table = load_prompt_table(ASSETS / FILES["sd3"][1])
             same, twin = mean_drift(base, calibration.layers, table.encode([*table.prompts, ""])[1])
+            if name == "emoji_all_outliers":
+                twin = plant(twin, mean_and_variance(twin, seed=1))
         case "emoji_wan_outliers":
             twin = plant_wan(base)
         case _:
@@ -156,16 +207,24 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     return (similar / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(dim=1)
 
 
-def measure(model, before_step, setting: Setting) -> dict[str, np.ndarray]:
-    """Per-prompt figures of one method."""
+def is_ablation(method: str) -> bool:
+    """Ablations are named 'preset, what differs'; they are judged by velocity error alone, five times cheaper."""
+    return ", " in method
+
+
+def measure(model, before_step, setting: Setting, pictures: bool = True) -> dict[str, np.ndarray]:
+    """Per-prompt figures of one method; only the velocity error without pictures."""
+    velocity = per_prompt_velocity(model, before_step, setting).numpy()
+    if not pictures:
+        return {"velocity": velocity}
     latents = draw(model, setting.prompts, setting.sampling, before_step)
-    pictures, expected = to_rgb(latents), to_rgb(setting.latents)
-    psnr = [psnr_db(a, b) for a, b in zip(pictures, expected, strict=True)]
+    found, expected = to_rgb(latents), to_rgb(setting.latents)
+    psnr = [psnr_db(a, b) for a, b in zip(found, expected, strict=True)]
     return {
-        "velocity": per_prompt_velocity(model, before_step, setting).numpy(),
+        "velocity": velocity,
         "latent": relative_rows(latents, setting.latents).numpy(),
         "psnr_db": np.array(psnr),
-        "ssim": ssim(pictures, expected).numpy(),
+        "ssim": ssim(found, expected).numpy(),
     }
 
 
@@ -177,18 +236,27 @@ def ratio_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) -> l
 
 
 def run(
-    name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, only: str, wan: Path | None
+    name: str,
+    prompts: int,
+    steps: int,
+    calibration_prompts: int,
+    *,
+    final: bool,
+    only: str = "",
+    ablations: bool = True,
+    wan: Path | None = None,
 ) -> dict:
     base, table = plain_model(name, wan)
     even, odd = table.prompts[0::2], table.prompts[1::2]
     # a second set of evaluation prompts is kept for the final table
     pool = odd[1::2] if final else odd[0::2]
     sampling = Sampling(steps=steps)
+    model = base
+    if name not in ("emoji", "emoji_wan"):
+        rough = prepare(table, spread(list(even), min(calibration_prompts, 32), "planting"), 0)
+        model = planted_model(name, base, calibrate(base, rough, sampling)[0])
     calibration_set = prepare(table, spread(list(even), calibration_prompts, "calibration"), 0)
-    calibration, _ = calibrate(base, calibration_set, sampling)
-    model = planted_model(name, base, calibration)
-    if model is not base:
-        calibration, _ = calibrate(model, calibration_set, sampling)
+    calibration, _ = calibrate(model, calibration_set, sampling)
     evaluation = prepare(table, spread(list(pool), prompts, "evaluation"), 20_000 if final else 10_000)
     setting = Setting(
         evaluation, sampling, draw(model, evaluation, sampling), reference_velocities(model, evaluation, sampling)
@@ -201,9 +269,9 @@ def run(
             figures[method], bits[method] = measure(rival.model, None, setting), rival.bits_per_weight
             report_line(method, bits[method], figures[method])
     for method, scheme in ours().items():
-        if only in method:
+        if only in method and (ablations or not is_ablation(method)):
             twin, state, report = quantized_copy(model, calibration, scheme)
-            figures[method] = measure(twin, update_with(state), setting)
+            figures[method] = measure(twin, update_with(state), setting, pictures=not is_ablation(method))
             bits[method], groups[method] = report.bits_per_weight, report.groups
             report_line(method, bits[method], figures[method])
     return {
@@ -235,30 +303,38 @@ def row(method: str, figures: dict, bits: dict, groups: dict) -> dict:
     baseline = BASELINES[8 if bits[method] > 6 else 4]
     if baseline in figures:
         result["baseline"] = baseline
-        for name in ("velocity", "latent"):
+        for name in ("velocity", "latent") if "latent" in found else ("velocity",):
             result[f"{name}_ratio"] = ratio_interval(found[name], figures[baseline][name])
     return result
 
 
 def report_line(method: str, bits: float, found: dict) -> None:
-    print(
-        f"{method:28s} {bits:6.2f} bits  velocity {found['velocity'].mean():.4f}  latent {found['latent'].mean():.4f}  "
-        f"PSNR {found['psnr_db'].mean():5.1f}  SSIM {found['ssim'].mean():.4f}",
-        flush=True,
-    )
+    figures = "  ".join(f"{name} {values.mean():.4f}" for name, values in found.items())
+    print(f"{method:32s} {bits:6.2f} bits  {figures}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="emoji")
-    parser.add_argument("--wan", type=Path, help="folder that train_fixture.py --layout wan wrote")
+    parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="4 prompts, 8 steps: does it run?")
     parser.add_argument("--final", action="store_true", help="the second evaluation set, for the published table only")
     parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--no-ablations", action="store_true", help="presets and rivals only")
+    parser.add_argument("--calibration-prompts", type=int, help="default 96; 4 with --quick")
     args = parser.parse_args()
-    size = (4, 8, 4) if args.quick else (16, 28, 32)
-    result = run(args.model, *size, final=args.final, only=args.only, wan=args.wan)
+    prompts, steps, calibrated = (4, 8, 4) if args.quick else (16, 28, 96)
+    result = run(
+        args.model,
+        prompts,
+        steps,
+        args.calibration_prompts or calibrated,
+        final=args.final,
+        only=args.only,
+        ablations=not args.no_ablations,
+        wan=args.wan,
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -49,7 +49,7 @@ SCHEMES = (
     PRESETS["rtn_w8a8"],
     PRESETS["W8A8"],
     PRESETS["rtn_w4a8"],
-    PRESETS["rtn_w4a8"].with_options(name="rtn_w4a8_g16", weights=WeightArgs(4, 16, symmetric=False)),
+    PRESETS["rtn_w4a8"].with_options(name="rtn_w4a8_g8", weights=WeightArgs(4, 8, symmetric=False)),
     PRESETS["W4A8"],
     PRESETS["htg_paper"],
 )

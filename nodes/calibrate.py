@@ -94,7 +94,7 @@ class CalibrateDiT(io.ComfyNode):
                     step=0.5,
                     advanced=True,
                     tooltip="Main memory for all statistics. Most of it holds covariances, which calibrated rounding "
-                    "needs. 0 switches those off.",
+                    "needs. 0 switches those off and limits nothing else.",
                 ),
                 io.Int.Input(
                     "passes",

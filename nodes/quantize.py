@@ -39,16 +39,17 @@ class QuantizeDiT(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default="W8A8",
-                    tooltip="W8A8: half the size. W4A8: about 0.3 of it. htg_paper: as published. rtn_*: uncalibrated.",
+                    tooltip="W8A8: best at half the size. fast: no rotation. static: fixed ranges. W4A8: 0.3 of the size. "
+                    "htg_paper: as published. rtn_*: uncalibrated.",
                 ),
                 io.Int.Input(
                     "group_size",
-                    default=64,
+                    default=16,
                     min=16,
                     max=256,
                     step=16,
                     advanced=True,
-                    tooltip="4-bit presets: weights that share a scale. Smaller is better and larger on disk.",
+                    tooltip="4-bit presets: weights that share a scale. 16: 4.5 bits per weight. 64: 4.1, less exact.",
                 ),
                 io.String.Input(
                     "skip_layers",

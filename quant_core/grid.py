@@ -11,6 +11,8 @@ from ..kernels.numerics import INT4_MAX, INT8_MAX, MULTIPLIER_MAX, pack_levels, 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 # multiplier of a channel's widest group: below 15, so that a lopsided group's far levels stay within int8
 WIDEST_MULTIPLIER = 12
+# levels of every multiplier up to that reach this far within int8; a more lopsided group sets the channel's step
+REACH = 120
 # elements of one batch of the level search
 SEARCH_BUDGET = 1 << 24
 
@@ -89,9 +91,11 @@ def int8_grid(weight: Tensor) -> Int8Grid:
 
 
 def channel_step(weight: Tensor, group_size: int, symmetric: bool) -> Tensor:
-    """The int8 step [N, 1] of each channel: its widest group takes multiplier WIDEST_MULTIPLIER."""
-    groups = weight.float().unflatten(1, (-1, group_size))
-    return safe_scale(_needed_step(groups, symmetric).amax(dim=1, keepdim=True), WIDEST_MULTIPLIER)
+    """The int8 step [N, 1] of each channel: its widest group takes WIDEST_MULTIPLIER, no weight is beyond REACH."""
+    weight = weight.float()
+    widest = _needed_step(weight.unflatten(1, (-1, group_size)), symmetric).amax(dim=1, keepdim=True)
+    extent = weight.abs().amax(dim=1, keepdim=True)
+    return safe_scale(torch.maximum(widest / WIDEST_MULTIPLIER, extent / REACH), 1)
 
 
 def _needed_step(groups: Tensor, symmetric: bool) -> Tensor:

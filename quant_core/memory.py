@@ -38,18 +38,18 @@ def plan_memory(
     """The widest covariance blocks that `budget` bytes hold in up to `passes` passes, in as few as they need.
 
     features: K of every layer. Fewer rows are sampled than asked for where they would take more than their part,
-    and fewer bins are kept where nothing else fits. Budget 0: sums only, whatever they take. Raises ValueError
-    when the sums of a few noise levels exceed the budget.
+    and fewer bins are kept where nothing else fits. Budget 0: no covariances, and no limit for the rest. Raises
+    ValueError when the sums of a few noise levels exceed the budget.
     """
     everything = (tuple(features),)
     if budget == 0:
-        return MemoryPlan(None, 0, bins, everything, bins * sums_nbytes(features))
+        return MemoryPlan(None, rows, bins, everything, bins * (sums_nbytes(features) + rows * row_nbytes(features)))
     fitting = min(bins, budget // max(sums_nbytes(features), 1))
     if fitting < min(bins, FEWEST_BINS):
         raise ValueError(
             f"memory_gb={budget / 2**30:.3g}: the sums of {len(features)} layers over {min(bins, FEWEST_BINS)} noise "
             f"levels need {min(bins, FEWEST_BINS) * sums_nbytes(features) / 2**30:.3g} GB; raise it, or set 0 for "
-            "sums without a limit and no covariances"
+            "no covariances and no limit"
         )
     free = budget - fitting * sums_nbytes(features)
     most = min(rows, int(min(free, budget * SAMPLE_PART)) // max(fitting * row_nbytes(features), 1))

@@ -55,13 +55,13 @@ class RowSample:
 
         Only these leave the device of x. Has no effect.
         """
-        if self.size == 0:
-            return self.keys.new_zeros(0), self.values.new_zeros(0, x.shape[1])
-        keys = priority_keys(sigma, start, len(x))
-        chosen = np.flatnonzero(keys < (int(self.keys[row, -1]) if row < len(self.keys) else EMPTY))
+        keys = priority_keys(sigma, start, len(x)) if self.size else np.zeros(0, np.int64)
+        chosen = np.flatnonzero(keys < (int(self.keys[row, -1]) if row < len(self.keys) and self.size else EMPTY))
         if len(chosen) > self.size:
             chosen = chosen[np.argpartition(keys[chosen], self.size - 1)[: self.size]]
-        return torch.from_numpy(keys[chosen]), x[torch.from_numpy(chosen).to(x.device)].cpu()
+        # most calls have none once a bin is full: then the device is left alone
+        rows = x[torch.from_numpy(chosen).to(x.device)].cpu() if len(chosen) else self.values.new_zeros(0, x.shape[1])
+        return torch.from_numpy(keys[chosen]), rows
 
     def add(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Rows compete for bin `row`: keys [C] int64, values [C, K] float."""

@@ -131,6 +131,49 @@ def test_damaged_cache_is_refused_and_recomputed(host_server, first, damage, rea
     assert f"{p.CALIBRATION_PROMPTS} prompts taken from the cache" in text
 
 
+def test_the_report_says_what_the_memory_was_used_for(host_server):
+    text, _ = run(host_server)
+    assert "covariance blocks up to 4096, 24 rows sampled per noise level, 1 pass, 0.0" in text
+    text, _ = run(host_server, steps=2, **p.NO_COVARIANCE)
+    assert "no covariances, 24 rows sampled per noise level, 1 pass, 0.0" in text
+    assert "rounded to nearest instead of by GPTQ" in text
+
+
+def test_several_passes_give_the_codes_of_one(host_server):
+    """Too little memory for all covariances at once; interrupted in the second pass, then resumed."""
+    many = {"many": p.node("DiTQuantEmojiPrompts", prompts="", first=40, count=MANY)}
+    settings = {"positive": p.link("many"), "steps": STEPS, "seed": 11}
+    before = caches(host_server)
+
+    def prompt(file: str, **changes) -> dict:
+        calibrated = p.BASE | many | p.again(next(nonces)) | p.calibrate("again", **settings, **changes)
+        return calibrated | p.group() | p.quantize(model="again", skip_layers=SKIP) | p.save("quantized", file)
+
+    small = {"memory_gb": 0.025, "passes": 8}
+    prompt_id = host_server.submit(prompt("stopped", **small))
+    deadline = time.monotonic() + 300
+    while not any("-2of2" in name for name in caches(host_server) - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    while any(host_server.queue().values()) and time.monotonic() < deadline:
+        host_server.interrupt()
+        time.sleep(0.05)
+    with pytest.raises(PromptInterrupted):
+        host_server.wait(prompt_id)
+
+    text = p.report(host_server.run(prompt("passes", **small)), "calibration")
+    assert "covariance blocks up to 4096" in text
+    assert "2 passes, 0.0" in text
+    assert f"{MANY} prompts taken from the cache, pass 1" in text
+    taken = next(int(line.split()[0]) for line in text.splitlines() if line.endswith("from the cache, pass 2"))
+    assert 1 <= taken < MANY
+    assert len(caches(host_server) - before) == 2
+    text = p.report(host_server.run(prompt("one_pass", memory_gb=4.0)), "calibration")
+    assert "covariance blocks up to 4096, 24 rows sampled per noise level, 1 pass" in text
+    folder = host_server.output / "diffusion_models"
+    several, one = (load_file(folder / p.saved_name(file)) for file in ("passes", "one_pass"))
+    assert_same_codes(several, one)
+
+
 def test_interrupted_run_resumes(host_server):
     """Interrupted once some prompts are on disk; the rest is sampled later, to the same codes."""
     many = {"many": p.node("DiTQuantEmojiPrompts", prompts="", first=20, count=MANY)}

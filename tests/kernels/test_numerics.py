@@ -9,12 +9,13 @@ from dit_quant.kernels.numerics import (
     hadamard,
     lerp_rows,
     pack_int4,
+    pack_levels,
     rotate,
     round_clamp,
     safe_scale,
     unpack_int4,
+    unpack_levels,
 )
-from dit_quant.quant_core.rounding import Int4Grid
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -62,31 +63,40 @@ def test_nibbles_round_trip_with_even_columns_low(shape):
     assert torch.equal(packed & 0xF, codes[:, 0::2])
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_decode_is_integer_arithmetic_for_every_code(symmetric):
-    """All 16 codes x 255 multipliers x 16 zeros against Python integers."""
-    zeros = [8] if symmetric else range(16)
-    table = list(itertools.product(range(1, 256), zeros))
-    packed = pack_int4(torch.arange(16, dtype=torch.uint8).expand(len(table), 16))
-    multiplier = torch.tensor([[m] for m, _ in table], dtype=torch.uint8)
-    zero = None if symmetric else torch.tensor([[z] for _, z in table], dtype=torch.uint8)
-    exact = [[max(-127, min(127, ((code - z) * m + 8) // 16)) for code in range(16)] for m, z in table]
-    assert decode_int4(packed, multiplier, zero).tolist() == exact
+def test_levels_round_trip_with_zero_low():
+    """All 15 multipliers x 16 zeros."""
+    multiplier, zero = (
+        torch.cartesian_prod(torch.arange(1, 16), torch.arange(16)).to(torch.uint8).unflatten(0, (15, 16)).unbind(-1)
+    )
+    levels = pack_levels(multiplier, zero)
+    assert levels.dtype is torch.uint8
+    assert levels.tolist() == [[16 * m + z for z in range(16)] for m in range(1, 16)]
+    assert torch.equal(torch.stack(unpack_levels(levels)), torch.stack([multiplier, zero]))
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize(("N", "groups", "size"), [(1, 1, 4), (7, 3, 4), (33, 5, 20)])
-def test_decode_equals_the_grid_that_rounding_sees(N, groups, size, symmetric):
-    random = torch.Generator().manual_seed(2)
-    codes = torch.randint(0, 16, (N, groups * size), dtype=torch.uint8, generator=random)
-    multiplier = torch.randint(1, 256, (N, groups), dtype=torch.uint8, generator=random)
-    zero = None if symmetric else torch.randint(0, 16, (N, groups), dtype=torch.uint8, generator=random)
-    grid = Int4Grid(torch.ones(N, 1), multiplier, zero, size)
-    decoded = decode_int4(pack_int4(codes), multiplier, zero)
+def test_decode_is_integer_arithmetic_for_every_code_within_int8():
+    """Against Python integers; 4 columns of one group per case."""
+    cases = [
+        (code, m, z)
+        for code, m, z in itertools.product(range(16), range(1, 16), range(16))
+        if abs((code - z) * m) <= 127
+    ]
+    code, multiplier, zero = torch.tensor(cases, dtype=torch.uint8)[:, :, None].unbind(1)
+    decoded = decode_int4(pack_int4(code.repeat(1, 4)), pack_levels(multiplier, zero))
     assert decoded.dtype is torch.int8
-    assert torch.equal(decoded.float(), grid.decode(codes, 0))
-    middle = size // 2
-    assert torch.equal(decoded[:, middle:].float(), grid.decode(codes[:, middle:], middle))
+    assert decoded.tolist() == [[(code - z) * m] * 4 for code, m, z in cases]
+
+
+@pytest.mark.parametrize(("N", "groups", "size"), [(1, 1, 4), (7, 3, 4), (33, 5, 20)])
+def test_every_group_of_a_row_has_its_own_levels(N, groups, size):
+    random = torch.Generator().manual_seed(2)
+    draw = lambda low, high, *shape: torch.randint(low, high, shape, dtype=torch.uint8, generator=random)  # noqa: E731
+    codes, multiplier, zero = draw(0, 16, N, groups * size), draw(1, 9, N, groups), draw(0, 16, N, groups)
+    decoded = decode_int4(pack_int4(codes), pack_levels(multiplier, zero))
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        expected = (codes[:, part].int() - zero[:, g : g + 1].int()) * multiplier[:, g : g + 1].int()
+        assert torch.equal(decoded[:, part].int(), expected)
 
 
 @pytest.mark.parametrize("order", [1, 4, 16, 64, 256])

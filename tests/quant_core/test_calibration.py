@@ -182,6 +182,18 @@ def test_a_later_pass_over_other_noise_levels_is_refused(tmp_path):
         restore_progress(path, other, KEY)
 
 
+def test_a_resumed_collector_does_not_need_its_file(tmp_path):
+    """It writes over it after the next prompt, which Windows refuses while the file is mapped."""
+    path = tmp_path / "cache.safetensors"
+    collector = feed(fresh(), range(2))
+    save_progress(path, collector, KEY, 2)
+    resumed = fresh()
+    restore_progress(path, resumed, KEY)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert_same(snapshot(resumed), snapshot(collector))
+
+
 def test_an_empty_collector_round_trips(tmp_path):
     path = tmp_path / "cache.safetensors"
     save_progress(path, fresh(), KEY, 0)

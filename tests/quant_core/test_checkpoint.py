@@ -8,7 +8,7 @@ import torch
 from dit_quant.quant_core.checkpoint import CONFIG_KEY, SUFFIXES, is_ours, layer_from_tensors, layer_tensors
 from dit_quant.quant_core.convert import LayerInput, quantize_weight
 from dit_quant.quant_core.files import DamagedFile, read_tensors, write_tensors
-from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, Granularity, Scale, WeightArgs
+from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, Granularity, Scale, Shift, WeightArgs
 from dit_quant.quant_core.timesteps import TimestepGroups
 from drift import drift
 
@@ -16,14 +16,11 @@ N, K = 7, 192
 NAME = "joint_blocks.0.x_block.attn.qkv"
 GROUPS = TimestepGroups((0.7, 0.3), (0.9, 0.5, 0.1))
 FULL = PRESETS["W4A8"].with_options(scale=Scale.PAPER)
-SCHEMES = {
-    "W8A8": PRESETS["W8A8"],
-    "W4A8 asymmetric": PRESETS["W4A8"],
-    "W4A8 symmetric": PRESETS["W4A8"].with_options(weights=WeightArgs(4, 32)),
+SCHEMES = PRESETS | {
+    "W4A8 symmetric weights": PRESETS["W4A8"].with_options(weights=WeightArgs(4, 32)),
     "W4A8 scaled": FULL,
-    "static": PRESETS["htg_paper"],
     "static symmetric": PRESETS["htg_paper"].with_options(activations=ActivationArgs(Granularity.PER_TENSOR)),
-    "rtn": PRESETS["rtn_w8a8"],
+    "bias corrected": PRESETS["W4A8"].with_options(shift=Shift.NONE, bias_correction=True),
 }
 
 
@@ -66,7 +63,7 @@ def fields_of(scheme):
     return list(layer_of(scheme).tensors())
 
 
-ALL_FIELDS = [("W4A8 scaled", f) for f in fields_of(FULL)] + [("static", f) for f in fields_of(SCHEMES["static"])]
+ALL_FIELDS = [("W4A8 scaled", f) for f in fields_of(FULL)] + [("htg_paper", f) for f in fields_of(PRESETS["htg_paper"])]
 
 
 @pytest.mark.parametrize(("scheme", "field"), ALL_FIELDS)
@@ -120,7 +117,8 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1, this pack reads 2; quantize the model again"),
+        ({"version": 3}, "version 3, this pack reads 2"),
         ({"version": None}, "version None"),
         ({"format": "dit_quant_w8a8"}, "declared dit_quant_w8a8"),
         ({"format": "int8_tensorwise"}, "declared int8_tensorwise"),
@@ -134,8 +132,13 @@ def edited(**changes):
         ({"hadamard": 0}, "Hadamard blocks of 0"),
         ({"tensors": None}, "incomplete"),
         ({"tensors": ["qdata", "magic"]}, "incomplete"),
-        ({"tensors": ["qdata", "scale", "multiplier", "zero", "column_sum", "smooth", "shift"]}, "belong together"),
-        ({"tensors": ["qdata", "scale", "multiplier", "zero", "smooth"]}, "weight_column_sum"),
+        ({"tensors": ["qdata", "scale", "multiplier", "zero"]}, "incomplete"),
+        (
+            {"tensors": ["qdata", "scale", "levels", "smooth", "shift"]},
+            "a shift needs its correction .*weight_correction",
+        ),
+        ({"tensors": ["qdata", "scale", "smooth"]}, "declared dit_quant_w4a8"),
+        ({"symmetric": False}, "weight_column_sum"),
     ],
     ids=itertools.count(),
 )
@@ -143,6 +146,23 @@ def test_a_wrong_config_is_refused(changes, message):
     with pytest.raises(DamagedFile, match=message) as refusal:
         layer_from_tensors(NAME, edited(**changes), (N, K))
     assert NAME in str(refusal.value)
+
+
+@pytest.mark.parametrize("zero", [0, 8, 15])
+def test_a_weight_group_with_multiplier_0_is_refused(zero):
+    """All of its weights would be 0; the quantizer never writes one."""
+    tensors = layer_tensors(NAME, layer_of(PRESETS["W4A8"]))
+    assert (tensors[f"{NAME}.weight_levels"] >= 16).all()
+    tensors[f"{NAME}.weight_levels"][3, 2] = zero
+    with pytest.raises(DamagedFile, match=f"{NAME}.weight_levels: a weight group has multiplier 0"):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+def test_a_4_bit_layer_costs_4_and_a_half_bits_and_its_tables():
+    """One byte per 16 weights beside the codes: what format version 2 is for."""
+    tensors = layer_tensors(NAME, layer_of(PRESETS["W4A8"]))
+    assert tensors[f"{NAME}.weight"].nbytes == N * K // 2
+    assert tensors[f"{NAME}.weight_levels"].nbytes == N * K // 16
 
 
 @pytest.mark.parametrize("raw", [b"", b"not json", b"[1]", b"\xff\xfe", b"null"])

@@ -40,10 +40,10 @@ def test_bins_follow_the_value_of_sigma_not_the_order():
 @pytest.mark.parametrize("flow", [True, False], ids=["flow", "eps"])
 @pytest.mark.parametrize("max_bins", [1, 2, 7])
 def test_beyond_max_bins_nothing_is_lost(max_bins, flow):
-    """Random sigmas (an SDE sampler), twice; layer b skips some of them."""
+    """Random sigmas (an SDE sampler), twice; layer b skips some of them, another all."""
     samples = inputs(80)
     sigmas = torch.rand(40, generator=torch.Generator().manual_seed(1)).tolist() * 2
-    collector = Collector({"a": 7, "b": 7}, flow=flow, covariance=7, max_bins=max_bins)
+    collector = Collector(dict.fromkeys(("a", "b", "silent"), 7), flow=flow, covariance=7, max_bins=max_bins)
     used = {"a": [], "b": []}
     for i, (sigma, x) in enumerate(zip(sigmas, samples, strict=True)):
         collector.at(sigma)
@@ -51,7 +51,8 @@ def test_beyond_max_bins_nothing_is_lost(max_bins, flow):
             if name == "a" or i % 3 == 0:
                 collector.record(name, x)
                 used[name].append(x)
-    found, layers, _ = collector.results()
+    found, layers, silent = collector.results()
+    assert set(silent) == {"silent"}
     assert len(found) <= max_bins
     assert all(a > b for a, b in itertools.pairwise(found))
     for name, statistics in layers.items():
@@ -177,6 +178,18 @@ def test_a_hooked_model_shares_what_it_reads_unchanged(spoil, inference):
             model(x)
     readers = list(collector.groups().values())
     assert readers == ([["q"], ["k", "v"], ["out"]] if spoil else [["q", "k", "v"], ["out"]])
+
+
+def test_one_tensor_read_in_two_calls_is_two_inputs():
+    """A context that lives through the whole sampling: k reads it at one noise level, v at another."""
+    x = inputs(1)[0]
+    collector = Collector(dict.fromkeys("kv", 7), flow=True, covariance=7)
+    for sigma, name in ((0.9, "k"), (0.5, "v")):
+        collector.at(sigma)
+        collector.record(name, x)
+    _, layers, _ = collector.results()
+    assert layers["k"].count.tolist() == [len(x), 0]
+    assert layers["v"].count.tolist() == [0, len(x)]
 
 
 def test_an_input_is_not_kept_alive():

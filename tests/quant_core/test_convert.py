@@ -13,7 +13,7 @@ from dit_quant.quant_core.convert import CannotQuantize, install, quantize_model
 from dit_quant.quant_core.grouping import group_model
 from dit_quant.quant_core.linear import QuantLinear, quant_linear
 from dit_quant.quant_core.metrics import relative_l2
-from dit_quant.quant_core.schemes import PRESETS, Partition, WeightArgs
+from dit_quant.quant_core.schemes import PRESETS, Partition, Rounding
 from drift import calibration_of, drift
 from torch import nn
 
@@ -55,9 +55,10 @@ def test_fallbacks_are_noted_and_impossible_widths_listed():
     layers, report = quantize(weights, "W4A8", calibration_of(weights, covariance=256))
     notes = {entry.name: entry.note for entry in report.layers}
     assert notes["good"] == ""
-    assert "K=100 is not divisible by group size 64; 20 was used" in notes["smaller"]
+    assert "K=100 is not divisible by group size 16; 4 was used" in notes["smaller"]
     assert "Hadamard blocks of 4" in notes["smaller"]
-    assert layers["smaller"].group_size == 20
+    assert layers["good"].group_size == 16
+    assert layers["smaller"].group_size == 4
     assert layers["smaller"].hadamard == 4
     assert [entry.name for entry in report.skipped] == ["impossible"]
     assert "K=33" in report.skipped[0].reason
@@ -210,7 +211,7 @@ def test_gptq_presets_use_their_hessian(preset):
     weights = weights_of({"a": (33, 64)})
     calibration, found = calibration_of(weights, covariance=64), drift(64, 6, seed=0)
     scheme = PRESETS[preset]
-    nearest = scheme.with_options(weights=WeightArgs(scheme.weights.bits, 64, scheme.weights.symmetric))
+    nearest = scheme.with_options(weights=scheme.weights.with_options(rounding=Rounding.NEAREST))
     errors = []
     for used in (scheme, nearest):
         layer = quantize(weights, used, calibration)[0]["a"]

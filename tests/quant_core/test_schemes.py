@@ -9,6 +9,7 @@ from dit_quant.quant_core.schemes import (
     Rounding,
     Scale,
     Shift,
+    StaticRange,
     WeightArgs,
     group_size_for,
     hadamard_for,
@@ -37,7 +38,13 @@ def test_impossible_activations_are_refused(granularity):
         ActivationArgs(granularity)
 
 
+def test_sampled_ranges_are_symmetric():
+    with pytest.raises(ValueError, match="sampled activation ranges are symmetric"):
+        ActivationArgs(Granularity.PER_TENSOR, symmetric=False, range=StaticRange.SAMPLED)
+
+
 STATIC = ActivationArgs(Granularity.PER_TENSOR)
+SAMPLED = ActivationArgs(Granularity.PER_TENSOR, range=StaticRange.SAMPLED)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +52,10 @@ STATIC = ActivationArgs(Granularity.PER_TENSOR)
     [
         ({"hadamard": 2}, "power of 4"),
         ({"hadamard": 1024}, "power of 4"),
-        ({"hadamard": 64, "activations": STATIC}, "before rotation"),
+        ({"hadamard": 64, "activations": STATIC}, "before a rotation"),
         ({"hadamard": 64, "shift": Shift.MIDRANGE}, "use shift mean"),
+        ({"scale_strength": -0.1}, "between 0 and 1"),
+        ({"scale_strength": 1.1}, "between 0 and 1"),
     ],
 )
 def test_combinations_known_to_fail_are_refused(options, message):
@@ -65,6 +74,8 @@ def test_combinations_known_to_fail_are_refused(options, message):
         ({"shift": Shift.MEAN}, True),
         ({"scale": Scale.PAPER}, True),
         ({"activations": STATIC}, True),
+        ({"activations": SAMPLED, "hadamard": 64}, True),
+        ({"bias_correction": True}, True),
         ({"weights": WeightArgs(rounding=Rounding.GPTQ)}, True),
     ],
 )
@@ -80,11 +91,19 @@ def test_granularity_follows_the_bits():
 
 
 def test_presets_answer_to_their_own_names():
-    assert {"W8A8", "W4A8", "htg_paper", "rtn_w8a8", "rtn_w4a8"} <= set(PRESETS)
+    named = {"W8A8", "W4A8", "W8A8 fast", "W8A8 static", "htg_paper", "rtn_w8a8", "rtn_w4a8"}
+    assert named <= set(PRESETS)
     assert all(name == scheme.name for name, scheme in PRESETS.items())
 
 
-@pytest.mark.parametrize("wanted", [4, 32, 64, 128])
+def test_fast_and_static_differ_from_w8a8_in_one_thing():
+    best = PRESETS["W8A8"]
+    assert PRESETS["W8A8 fast"] == best.with_options(name="W8A8 fast", hadamard=1)
+    assert PRESETS["W8A8 static"] == best.with_options(name="W8A8 static", activations=SAMPLED)
+    assert not PRESETS["W8A8 static"].activations.dynamic
+
+
+@pytest.mark.parametrize("wanted", [4, 16, 32, 64, 128])
 def test_group_sizes_divide_the_width_and_none_larger_would(wanted):
     for K in range(1, 400):
         fitting = [size for size in range(4, wanted + 1) if size % 4 == 0 and K % size == 0]
