@@ -20,18 +20,16 @@ from dit_quant.demo.experiment import (
     Probe,
     Prompts,
     Sampling,
-    calibrate,
     draw,
     prepare,
     quantized_copy,
     spread,
     update_with,
 )
-from dit_quant.demo.prompts import PromptTable
 from dit_quant.demo.sampler import Velocity, guided_velocity, seeded_noise, shifted_sigmas
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.schemes import PRESETS
-from quality import MODELS, Setting, per_prompt_velocity, plain_model, planted_model, relative_rows, row
+from quality import MODELS, WAN, Setting, calibrated, per_prompt_velocity, relative_rows, row
 from rivals import rivals
 from samplers import SAMPLERS
 from torch import Tensor, nn
@@ -158,20 +156,9 @@ def measure(condition: Condition, setting: Setting, method: Method) -> dict[str,
     }
 
 
-def calibrated(
-    name: str, base: nn.Module, table: PromptTable, prompts: int, sampling: Sampling
-) -> tuple[nn.Module, Calibration]:
-    """The model of that name, and what its layers see on the prompts at even positions."""
-    chosen = prepare(table, spread(list(table.prompts[0::2]), prompts, "calibration"), 0)
-    calibration, _ = calibrate(base, chosen, sampling)
-    model = planted_model(name, base, calibration)
-    return model, calibration if model is base else calibrate(model, chosen, sampling)[0]
-
-
-def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, wan: Path | None) -> dict:
-    base, table = plain_model(name, wan)
+def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, wan: Path) -> dict:
     sampling = Sampling(steps=steps)
-    model, calibration = calibrated(name, base, table, calibration_prompts, sampling)
+    model, table, calibration = calibrated(name, wan, calibration_prompts, sampling)
     # the two evaluation sets of quality.py
     pool, first_seed = (table.prompts[3::4], 20_000) if final else (table.prompts[1::4], 10_000)
     names = spread(list(pool), prompts, "evaluation")
@@ -221,9 +208,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="2 development prompts, 3 steps: does it run?")
     parser.add_argument("--prompts", type=int, default=6, help="evaluation prompts of the full run")
-    parser.add_argument("--wan", type=Path, help="folder that train_fixture.py --layout wan wrote")
+    parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
     args = parser.parse_args()
-    size = (2, 3, 4) if args.quick else (args.prompts, 28, 32)
+    size = (2, 3, 4) if args.quick else (args.prompts, 28, 96)
     result = run(args.model, *size, final=not args.quick, wan=args.wan)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -136,13 +136,9 @@ class Setting:
     trajectory: list[Probe]
 
 
-def plain_model(name: str, wan: Path | None) -> tuple[nn.Module, PromptTable]:
+def plain_model(name: str, wan: Path = WAN) -> tuple[nn.Module, PromptTable]:
     """The trained model that `name` is or is planted in, and its word table. wan: folder of the Wan-layout files."""
     layout = "wan" if name.startswith("emoji_wan") else "sd3"
-    if layout == "wan" and wan is None:
-        raise SystemExit(
-            f"{name} is not bundled: train it with train_fixture.py --layout wan, then give its --wan folder"
-        )
     folder, load = (ASSETS, load_emoji_dit) if layout == "sd3" else (wan, load_emoji_wan)
     model_file, table_file = FILES[layout]
     return load(folder / model_file), load_prompt_table(folder / table_file)
@@ -176,6 +172,17 @@ def planted_model(name: str, base: nn.Module, calibration: Calibration) -> nn.Mo
     if difference > 1e-5:
         raise RuntimeError(f"{name}: planting changed the function by {difference:.2g}")
     return twin
+
+
+def calibrated(name: str, wan: Path, prompts: int, sampling: Sampling) -> tuple[nn.Module, PromptTable, Calibration]:
+    """The model of that name, its word table, and what its layers see on prompts at even positions."""
+    base, table = plain_model(name, wan)
+    even, model = list(table.prompts[0::2]), base
+    if name not in ("emoji", "emoji_wan"):
+        rough = prepare(table, spread(even, min(prompts, 32), "planting"), 0)
+        model = planted_model(name, base, calibrate(base, rough, sampling)[0])
+    calibration, _ = calibrate(model, prepare(table, spread(even, prompts, "calibration"), 0), sampling)
+    return model, table, calibration
 
 
 @torch.inference_mode()
@@ -244,19 +251,12 @@ def run(
     final: bool,
     only: str = "",
     ablations: bool = True,
-    wan: Path | None = None,
+    wan: Path = WAN,
 ) -> dict:
-    base, table = plain_model(name, wan)
-    even, odd = table.prompts[0::2], table.prompts[1::2]
-    # a second set of evaluation prompts is kept for the final table
-    pool = odd[1::2] if final else odd[0::2]
     sampling = Sampling(steps=steps)
-    model = base
-    if name not in ("emoji", "emoji_wan"):
-        rough = prepare(table, spread(list(even), min(calibration_prompts, 32), "planting"), 0)
-        model = planted_model(name, base, calibrate(base, rough, sampling)[0])
-    calibration_set = prepare(table, spread(list(even), calibration_prompts, "calibration"), 0)
-    calibration, _ = calibrate(model, calibration_set, sampling)
+    model, table, calibration = calibrated(name, wan, calibration_prompts, sampling)
+    # a second set of evaluation prompts is kept for the final table
+    pool = table.prompts[3::4] if final else table.prompts[1::4]
     evaluation = prepare(table, spread(list(pool), prompts, "evaluation"), 20_000 if final else 10_000)
     setting = Setting(
         evaluation, sampling, draw(model, evaluation, sampling), reference_velocities(model, evaluation, sampling)

@@ -39,8 +39,8 @@ class QuantizeDiT(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default="W8A8",
-                    tooltip="W8A8: best at half the size. fast: no rotation. static: fixed ranges. W4A8: 0.3 of the size. "
-                    "htg_paper: as published. rtn_*: uncalibrated.",
+                    tooltip="W8A8: best at half the size. fast: no rotation. static: fixed ranges. "
+                    "W4A8: 0.3 of the size. htg_paper: as published. rtn_*: uncalibrated.",
                 ),
                 io.Int.Input(
                     "group_size",

@@ -136,7 +136,8 @@ def layer_groups(
 
 def shared_groups(scheme: QuantScheme, calibration: Calibration | None) -> TimestepGroups:
     """The model's partition: the one chosen by Group Timesteps, else `auto`. One group where nothing uses groups."""
-    if calibration is None or (scheme.shift is Shift.NONE and scheme.activations.dynamic):
+    grouped = scheme.shift is not Shift.NONE or scheme.bias_correction or not scheme.activations.dynamic
+    if calibration is None or not grouped:
         return SINGLE_GROUP
     if calibration.grouping is not None:
         return calibration.grouping.groups

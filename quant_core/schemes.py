@@ -190,8 +190,9 @@ PRESETS = {
 
 
 def group_size_for(features: int, wanted: int) -> int | None:
-    """The largest multiple of 4 up to `wanted` that divides K, or None."""
-    return next((size for size in range(wanted, 3, -4) if features % size == 0), None)
+    """The multiple of 4 that divides K and is nearest to `wanted` by ratio, at most twice it; None without one."""
+    sizes = [size for size in range(4, 2 * wanted + 1, 4) if features % size == 0]
+    return min(sizes, key=lambda size: (max(size / wanted, wanted / size), size), default=None)
 
 
 def hadamard_for(features: int, wanted: int) -> int:

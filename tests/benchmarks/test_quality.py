@@ -114,11 +114,6 @@ def test_a_model_is_not_planted_in_the_other_family(quality, model, wan):
         quality.planted_model("emoji_other", model, None)
 
 
-def test_a_model_that_is_not_bundled_must_be_given(quality):
-    with pytest.raises(SystemExit, match="--layout wan"):
-        quality.plain_model("emoji_wan", None)
-
-
 def test_both_families_are_measured_alike(quality, wan):
     """Calibrated, rounded by us and by a rival, and run in bf16: each is a little off, none is broken."""
     generator = torch.Generator().manual_seed(1)

@@ -90,7 +90,7 @@ def test_unknown_model_is_refused():
         quantizable(nn.Sequential(nn.Linear(4, 4)))
 
 
-@pytest.mark.parametrize("name", ["W8A8", "W4A8", "rtn_w8a8", "rtn_w4a8", "htg_paper"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_quantized_copy(tiny, table, name):
     """The copy is close, really quantized, and the original is untouched."""
     calibration, latents = calibrate(tiny, prepare(table, ["red apple", "cat", "dog face"], 0), SAMPLING)

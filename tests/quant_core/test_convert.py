@@ -55,7 +55,7 @@ def test_fallbacks_are_noted_and_impossible_widths_listed():
     layers, report = quantize(weights, "W4A8", calibration_of(weights, covariance=256))
     notes = {entry.name: entry.note for entry in report.layers}
     assert notes["good"] == ""
-    assert "K=100 is not divisible by group size 16; 4 was used" in notes["smaller"]
+    assert "K=100 is not divisible by group size 16; 20 was used" in notes["smaller"]
     assert "Hadamard blocks of 4" in notes["smaller"]
     assert layers["good"].group_size == 16
     assert layers["smaller"].group_size == 4

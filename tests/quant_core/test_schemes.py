@@ -104,10 +104,16 @@ def test_fast_and_static_differ_from_w8a8_in_one_thing():
 
 
 @pytest.mark.parametrize("wanted", [4, 16, 32, 64, 128])
-def test_group_sizes_divide_the_width_and_none_larger_would(wanted):
+def test_group_sizes_divide_the_width_and_none_is_nearer(wanted):
+    def distance(size):
+        return max(size / wanted, wanted / size)
+
     for K in range(1, 400):
-        fitting = [size for size in range(4, wanted + 1) if size % 4 == 0 and K % size == 0]
-        assert group_size_for(K, wanted) == (max(fitting) if fitting else None)
+        fitting = [size for size in range(4, 2 * wanted + 1) if size % 4 == 0 and K % size == 0]
+        found = group_size_for(K, wanted)
+        assert (found in fitting) if fitting else (found is None)
+        assert all(distance(found) <= distance(size) for size in fitting)
+    assert group_size_for(100, 16) == 20
 
 
 @pytest.mark.parametrize("wanted", [1, 4, 16, 64, 256])
