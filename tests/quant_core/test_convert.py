@@ -58,7 +58,7 @@ def test_fallbacks_are_noted_and_impossible_widths_listed():
     assert "K=100 is not divisible by group size 16; 20 was used" in notes["smaller"]
     assert "Hadamard blocks of 4" in notes["smaller"]
     assert layers["good"].group_size == 16
-    assert layers["smaller"].group_size == 4
+    assert layers["smaller"].group_size == 20
     assert layers["smaller"].hadamard == 4
     assert [entry.name for entry in report.skipped] == ["impossible"]
     assert "K=33" in report.skipped[0].reason
