@@ -3,8 +3,9 @@
     python benchmarks/alternatives.py --out benchmarks/results/alternatives.json [--quick] [--only NAME]
 
 Calibration, prompts and noise are those of quality.py's development set; a paired bootstrap interval over prompts goes
-with every ratio to the preset. Methods without an integer format run through fake_linear.py, at the size that they
-would have. Rows marked `reference` are no rejected methods, but what the row before them is to be compared with.
+with every ratio to the preset. It does not show how much luck there is in one rounding: the rows on damping do.
+Methods without an integer format run through fake_linear.py, at the size that they would have. Rows marked `reference`
+are no rejected methods, but what the row before them is to be compared with.
 """
 
 import argparse
@@ -55,7 +56,7 @@ from roundings import (
 from scale_search import by_maxima, search_strength
 from step_weights import step_lengths, weighted_moments, weighted_statistics
 from torch import Tensor, nn
-from upstream import round_upstream_aware
+from upstream import round_upstream_aware, thinned
 
 ASSETS = Path(__file__).resolve().parents[1] / "demo" / "assets"
 BASELINE = "W4A8"
@@ -145,15 +146,6 @@ def upstream_aware(bench: Bench) -> Rounded:
     probes = reference_velocities(bench.model, prompts, bench.sampling, probes=count)
     found = round_upstream_aware(bench.model, bench.layers, GPTQ, probes, prompts, bench.sampling.cfg)
     return Rounded(*found, bits_per_weight({name: layer.like for name, layer in bench.layers.items()}))
-
-
-def thinned(prompts: Prompts, count: int) -> Prompts:
-    """`count` of them at even distances, or all where there are fewer."""
-    total = len(prompts.names)
-    count = min(count, total)
-    picks = [i * total // count for i in range(count)]
-    names = tuple(prompts.names[i] for i in picks)
-    return Prompts(names, prompts.context[picks], prompts.pooled[picks], prompts.noise[picks], prompts.empty)
 
 
 def step_weighted(power: int) -> Callable[[Bench], Rounded]:

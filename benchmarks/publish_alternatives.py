@@ -19,18 +19,16 @@ def table(result: dict) -> str:
     ]
     for row in result["rows"]:
         name = row["method"] if row["method"] == baseline or not row["reference"] else f"*{row['method']}*"
-        against = "" if row["method"] == baseline else interval(row["velocity_ratio"])
-        if against and "latent_ratio" in row:
+        against = "-" if row["method"] == baseline else interval(row["velocity_ratio"])
+        if row["method"] != baseline and "latent_ratio" in row:
             against += f"; latent {interval(row['latent_ratio'])}"
-        lines.append(
-            f"| {name} | {row['bits_per_weight']:.2f} | {row['velocity']:.4f} | {against} |".replace("|  |", "| |")
-        )
+        lines.append(f"| {name} | {row['bits_per_weight']:.2f} | {row['velocity']:.4f} | {against} |")
     lines.append(
         f"\nIn italics: not rejected, but what the row before is to be compared with. "
         f"{len(settings['evaluation_prompts'])} development prompts, {settings['calibration_prompts']} others for "
         f"calibration, {settings['steps']} steps; torch {result['versions']['torch']}, CPU. Intervals are over "
         "prompts: the two dampings show how far apart roundings lie that differ in nothing else. "
-        "Papers and details: `benchmarks/alternatives.py`."
+        "The papers are named beside the code that `benchmarks/alternatives.py` calls."
     )
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import argparse
 import copy
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,16 +30,19 @@ from dit_quant.demo.experiment import (
     calibrate,
     draw,
     prepare,
+    quantizable,
     quantized_copy,
     reference_velocities,
     spread,
     update_with,
 )
+from dit_quant.demo.mixed import measure_gains, mixed_copy
 from dit_quant.demo.pixels import to_rgb
 from dit_quant.demo.prompts import PromptTable, load_prompt_table
 from dit_quant.demo.sampler import guided_velocity
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.metrics import psnr_db
+from dit_quant.quant_core.report import QuantReport
 from dit_quant.quant_core.schemes import (
     PRESETS,
     ActivationArgs,
@@ -50,6 +53,7 @@ from dit_quant.quant_core.schemes import (
     Scale,
     Shift,
 )
+from dit_quant.quant_core.timesteps import TimestepState
 from emoji_wan import EmojiWan, load_emoji_wan
 from planted import drifting, function_difference, mean_and_variance, plant, plant_wan
 from planted_drift import mean_drift
@@ -72,6 +76,8 @@ MODELS = (
 BASELINES = {8: "native int8 + ConvRot", 4: "native asym_w4a8_int8"}
 DRAWS = 2000
 FLOOR = "bf16 (noise floor)"
+# bits per weight of the quantizable layers, every table counted
+MIXED = {"mixed at the bytes of W4A8": None, "mixed at 4.5 bits": 4.5, "mixed at 6 bits": 6.0}
 
 
 def ours() -> dict[str, QuantScheme]:
@@ -274,6 +280,11 @@ def run(
             figures[method] = measure(twin, update_with(state), setting, pictures=not is_ablation(method))
             bits[method], groups[method] = report.bits_per_weight, report.groups
             report_line(method, bits[method], figures[method])
+    even = spread(list(table.prompts[0::2]), calibration_prompts, "calibration")
+    for method, mixed in mixed_models(model, calibration, prepare(table, even, 0), sampling, only):
+        figures[method] = measure(mixed.model, update_with(mixed.state), setting)
+        bits[method], groups[method] = mixed.bits_per_weight, mixed.report.groups
+        report_line(method, bits[method], figures[method])
     return {
         "model": name,
         "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant", "comfy-kitchen")},
@@ -287,6 +298,34 @@ def run(
         },
         "rows": [row(m, figures, bits, groups) for m in figures],
     }
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A model of mixed precision; bits count the layers kept in 16 bits too."""
+
+    model: nn.Module
+    state: TimestepState
+    report: QuantReport
+    bits_per_weight: float
+
+
+def mixed_models(
+    model: nn.Module, calibration: Calibration, prompts: Prompts, sampling: Sampling, only: str
+) -> Iterator[tuple[str, Mixed]]:
+    """The models of MIXED whose name contains `only`. Gains are measured on the calibration prompts."""
+    chosen = {method: target for method, target in MIXED.items() if only in method}
+    gains = measure_gains(model, prompts, sampling) if chosen else {}
+    weights = sum(layer.weight.numel() for layer in quantizable(model)[0].values())
+    for method, target in chosen.items():
+        if target is None:
+            budget = quantized_copy(model, calibration, PRESETS["W4A8"])[2].nbytes
+        else:
+            budget = int(target * weights / 8)
+        twin, state, report = mixed_copy(model, calibration, gains, budget)
+        assert report.choices is not None
+        used = sum(choice.nbytes for choice in report.choices.values())
+        yield method, Mixed(twin, state, report, 8 * used / weights)
 
 
 def bf16(model: nn.Module):

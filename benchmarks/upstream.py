@@ -1,7 +1,7 @@
 """Upstream-aware targets: each layer is rounded to make up for what the rounded layers before it changed.
 
 After GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695). Letters: x̃ the transformed input of a layer in full
-precision, x̂ the same in the rounded model.
+precision, x̂ the same in the rounded model, both before they are rounded to int8.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -89,6 +89,15 @@ def upstream_target(weight: Tensor, cross: Tensor, hessian: Tensor, damp: float 
     return (weight.double() @ (torch.eye(len(H), dtype=H.dtype) + torch.linalg.solve(H, cross.double().T).T)).float()
 
 
+def thinned(prompts: Prompts, count: int) -> Prompts:
+    """`count` of them at even distances, or all where there are fewer."""
+    total = len(prompts.names)
+    count = min(count, total)
+    picks = [i * total // count for i in range(count)]
+    names = tuple(prompts.names[i] for i in picks)
+    return Prompts(names, prompts.context[picks], prompts.pooled[picks], prompts.noise[picks], prompts.empty)
+
+
 def stages(names: Iterable[str]) -> list[list[str]]:
     """Names in the order of the data: block by block, and both streams of a joint block together."""
     found: dict[tuple[int, int], list[str]] = {}
@@ -98,7 +107,7 @@ def stages(names: Iterable[str]) -> list[list[str]]:
     return [found[key] for key in sorted(found)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: the state that is made here is updated outside of it
 def round_upstream_aware(
     model: nn.Module,
     layers: Mapping[str, Layer],

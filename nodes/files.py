@@ -5,7 +5,6 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
-import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
@@ -13,20 +12,10 @@ from ..quant_core.checkpoint import VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
 from .host.build import build_model, quantized_names
 from .host.paths import output_file
-from .host.weights import float_state, full_state, is_quantized, quantized_state
+from .host.weights import float_state, full_state, is_quantized, quantized_state, smallest_exact
 from .schema import schema
 
 METADATA = "dit_quant"
-
-
-def smallest_exact(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 stored as bf16 or fp16 where that loses nothing: a bf16 checkpoint run in fp32 keeps its size."""
-    if tensor.dtype is not torch.float32:
-        return tensor
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(tensor.to(dtype).float(), tensor):
-            return tensor.to(dtype)
-    return tensor
 
 
 class SaveQuantizedDiT(io.ComfyNode):

@@ -6,10 +6,13 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..quant_core.budget import GB
 from ..quant_core.schemes import PRESETS
 from .host.quantized import quantize
 from .host.weights import select
 from .schema import CalibrationType, schema
+
+FIT = "fit to size"
 
 
 def skip_matching(names, patterns: str) -> dict[str, str]:
@@ -37,10 +40,11 @@ class QuantizeDiT(io.ComfyNode):
                 CalibrationType.Input("calibration", optional=True, tooltip="Needed by every preset but rtn_*."),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESETS),
+                    options=[*PRESETS, FIT],
                     default="W8A8",
                     tooltip="W8A8: best at half the size. fast: no rotation. static: fixed ranges. "
-                    "W4A8: 0.3 of the size. htg_paper: as published. rtn_*: uncalibrated.",
+                    "W4A8: 0.3 of the size. htg_paper: as published. rtn_*: uncalibrated. "
+                    "fit to size: 4, 8 or 16 bits per layer, by sensitivity.",
                 ),
                 io.Int.Input(
                     "group_size",
@@ -58,14 +62,24 @@ class QuantizeDiT(io.ComfyNode):
                     advanced=True,
                     tooltip="Regular expressions, one per line: layers to keep in floating point.",
                 ),
+                io.Float.Input(
+                    "size_gb",
+                    default=8.0,
+                    min=0.001,
+                    max=1024.0,
+                    step=0.001,
+                    optional=True,
+                    tooltip="Preset 'fit to size': what the saved model may take in all, in GB of 2^30 bytes.",
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, preset, group_size, skip_layers, calibration=None) -> io.NodeOutput:
-        scheme = PRESETS[preset]
+    def execute(cls, model, preset, group_size, skip_layers, size_gb=8.0, calibration=None) -> io.NodeOutput:
+        scheme = PRESETS["W8A8"].with_options(name=FIT) if preset == FIT else PRESETS[preset]
+        size = int(size_gb * GB) if preset == FIT else None
         if scheme.weights.bits == 4:
             weights = scheme.weights.with_options(group_size=group_size)
             scheme = scheme.with_options(weights=weights)
@@ -76,6 +90,6 @@ class QuantizeDiT(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        result, report = quantize(model, scheme, calibration, skip_matching(layers, skip_layers), progress)
+        result, report = quantize(model, scheme, calibration, skip_matching(layers, skip_layers), progress, size)
         text = report.text()
         return io.NodeOutput(result, text, ui=ui.PreviewText(text))

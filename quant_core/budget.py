@@ -32,9 +32,10 @@ def choose(options: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 0)
     chosen = {name: hull[0] for name, hull in hulls.items()}
     left = budget - fixed - sum(choice.nbytes for choice in chosen.values())
     if left < 0:
+        fixed += sum(hull[0].nbytes for hull in hulls.values() if len(hull) == 1)
         raise OverBudget(
             f"{budget / GB:.3g} GB wanted, the smallest choice needs {(budget - left) / GB:.3g} GB, of which "
-            f"{fixed / GB:.3g} GB are tensors that are not quantized; ask for more, or skip fewer layers"
+            f"{fixed / GB:.3g} GB cannot be made smaller; ask for more, or skip fewer layers"
         )
     for name, index in _steps(hulls):
         before, after = hulls[name][index], hulls[name][index + 1]

@@ -21,7 +21,8 @@ class Calibration:
     """Statistics of every layer that ran, over one list of sigmas (strictly decreasing).
 
     fingerprints: identity of each layer's weight at calibration; silent: layers that never ran, with the
-    reason; grouping: the partition chosen by Group Timesteps, or None until then.
+    reason; grouping: the partition chosen by Group Timesteps, or None until then; gains: how far an error at each
+    layer's output moves the final latent (see `sensitivity`), or None where that was not measured.
     """
 
     sigmas: tuple[float, ...]
@@ -31,6 +32,7 @@ class Calibration:
     flow: bool
     settings: Mapping[str, object]
     grouping: Grouping | None = None
+    gains: Mapping[str, float] | None = None
 
 
 def finish(

@@ -14,6 +14,8 @@ from .timesteps import TimestepGroups
 FORMAT_PREFIX = "dit_quant_"
 VERSION = 2
 CONFIG_KEY = "comfy_quant"
+# :{"dtype":"BF16","shape":[262144,262144],"data_offsets":[1099511627776,1099511627776]},
+HEADER_ENTRY = 88
 # field -> suffix after the layer's name
 SUFFIXES = {name: "weight" if name == "qdata" else f"weight_{name}" for name in TENSOR_FIELDS}
 
@@ -36,6 +38,17 @@ def layer_tensors(name: str, w: QuantizedLinear) -> dict[str, Tensor]:
     text = json.dumps(layer_config(w), separators=(",", ":")).encode()
     tensors[f"{name}.{CONFIG_KEY}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return tensors
+
+
+def extra_bytes(name: str, w: QuantizedLinear) -> int:
+    """What a layer takes in a file beside its tensors: its JSON, and at most this much of the header."""
+    tensors = layer_tensors(name, w)
+    return tensors[f"{name}.{CONFIG_KEY}"].nbytes + sum(header_bytes(key) for key in tensors)
+
+
+def header_bytes(key: str) -> int:
+    """The most that a tensor's entry in a safetensors header takes: name, dtype, shape and two offsets."""
+    return len(json.dumps(key)) + HEADER_ENTRY
 
 
 def is_ours(config: Tensor) -> bool:

@@ -17,11 +17,12 @@ from .observers import LayerStatistics
 from .reparam import Folded, fold_linear, relative_difference
 from .report import LayerReport, QuantReport, SkippedLayer
 from .rounding import RoundedWeight, round_weight
-from .schemes import Partition, QuantScheme, Scale, Shift, StaticRange, group_size_for, hadamard_for
+from .schemes import Partition, QuantScheme, Rounding, Scale, Shift, StaticRange, group_size_for, hadamard_for
 from .shift_scale import channel_scale, group_mean, group_shift
 from .static_range import extreme_range, sampled_range
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState, distinct
 
+KEPT_BY_BUDGET = "16 bits, chosen by the budget"
 PAPER_ROLES = (Role.MODULATED, Role.ATTENTION)
 
 
@@ -62,7 +63,8 @@ def quantize_weight(
         exact = None if shift is None else shift.double()
         scale = channel_scale(statistics, rows, exact, weight, scheme)
         scale = None if scale is None else half_if_exact(scale.float())
-        hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
+        if scheme.weights.rounding is Rounding.GPTQ:
+            hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
     folded = fold_linear(weight, shift, scale, hadamard)
     rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)
     correction = folded.correction
@@ -93,7 +95,7 @@ def quantize_weight(
         notes.append(f"K={K} is not divisible by {scheme.hadamard}; Hadamard blocks of {hadamard}")
     error = relative_difference(weight, dequantize(layer))
     report = LayerReport(
-        name, (N, K), layer.bits, group_size, hadamard, len(groups), layer.nbytes, error, "; ".join(notes)
+        name, (N, K), layer.bits, group_size, hadamard, len(groups), layer.nbytes, error, "; ".join(notes), scheme.name
     )
     return layer, report
 
@@ -179,37 +181,43 @@ def quantize_model(
     calibration: Calibration | None,
     family: Family | None,
     skip: Mapping[str, str] | None = None,
+    schemes: Mapping[str, QuantScheme | None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, QuantizedLinear], QuantReport]:
     """weights: layer name -> loader of its [N, K] weight, so that one layer at a time is in memory.
 
-    skip: layers to leave alone, with the reason. Raises CannotQuantize for a calibration of another model,
+    skip: layers to leave alone, with the reason; schemes: layers that get another scheme than the others, or None
+    to stay in floating point. Raises CannotQuantize for a calibration of another model,
     or when no layer is left to quantize. Deterministic.
     """
-    if scheme.needs_calibration and calibration is None:
+    of_layer = dict.fromkeys(weights, scheme) | {n: s for n, s in (schemes or {}).items() if n in weights}
+    used = {s for s in of_layer.values() if s is not None}
+    if calibration is None and any(s.needs_calibration for s in used):
         raise CannotQuantize(f"{scheme.name} needs a calibration; connect Calibrate DiT, or choose an rtn preset")
-    skipped = dict(skip or {})
+    skipped = {name: KEPT_BY_BUDGET for name, s in of_layer.items() if s is None} | dict(skip or {})
     if calibration is not None:
         for name in weights:
             if name not in skipped and name not in calibration.layers:
                 skipped[name] = calibration.silent.get(name, "not in the calibration")
         if weights and not any(name in calibration.layers for name in weights):
             raise CannotQuantize("no layer of this model is in the calibration; it belongs to another model")
-    shared = shared_groups(scheme, calibration)
+    shared = {s: shared_groups(s, calibration) for s in used}
     layers: dict[str, QuantizedLinear] = {}
     reports: list[LayerReport] = []
     todo = [name for name in weights if name not in skipped]
     for done, name in enumerate(todo):
         weight = weights[name]()
-        plain = scheme
-        if scheme.paper_roles and family is not None and family.role(name) not in PAPER_ROLES:
-            plain = scheme.with_options(shift=Shift.NONE, scale=Scale.NONE)
+        own = of_layer[name]
+        assert own is not None
+        plain = own
+        if own.paper_roles and family is not None and family.role(name) not in PAPER_ROLES:
+            plain = own.with_options(shift=Shift.NONE, scale=Scale.NONE)
         source = None
         if calibration is not None:
             check_calibration(calibration, name, weight)
             source = LayerInput(calibration.sigmas, calibration.layers[name])
         try:
-            groups = layer_groups(name, scheme, calibration, shared)
+            groups = layer_groups(name, own, calibration, shared[own])
             layers[name], report = quantize_weight(name, weight, plain, groups, source)
             reports.append(report)
         except CannotQuantize as error:

@@ -1,11 +1,15 @@
 """What was rounded, what was not and why, and what it costs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+
+from .budget import Choice
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One rounded layer. weight_error: relative L2 of the rounded weight; note: any fallback that was taken."""
+    """One rounded layer. weight_error: relative L2 of the rounded weight; note: any fallback that was taken;
+    format: name of its scheme."""
 
     name: str
     features: tuple[int, int]
@@ -16,6 +20,7 @@ class LayerReport:
     nbytes: int
     weight_error: float
     note: str = ""
+    format: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,16 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The outcome of quantizing a model. Sizes count every table of the quantized layers."""
+    """The outcome of quantizing a model. Sizes count every table of the quantized layers.
+
+    choices: what a budget decided for every layer, or None where one scheme was asked for.
+    """
 
     scheme: str
     layers: tuple[LayerReport, ...]
     skipped: tuple[SkippedLayer, ...]
     notes: tuple[str, ...] = field(default=())
+    choices: Mapping[str, Choice] | None = None
 
     @property
     def weights(self) -> int:
@@ -54,7 +63,7 @@ class QuantReport:
         return max((layer.groups for layer in self.layers), default=1)
 
     def to_json(self) -> dict:
-        return {
+        result = {
             "scheme": self.scheme,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "groups": self.groups,
@@ -62,6 +71,9 @@ class QuantReport:
             "skipped": [asdict(layer) for layer in self.skipped],
             "notes": list(self.notes),
         }
+        if self.choices is not None:
+            result["choices"] = {name: asdict(choice) for name, choice in self.choices.items()}
+        return result
 
     def text(self) -> str:
         """A few lines for a person, fallbacks and skips listed."""

@@ -8,11 +8,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ...quant_core.calibration import Calibration
+from ...quant_core.checkpoint import header_bytes
 from ...quant_core.convert import CannotQuantize, quantize_model
+from ...quant_core.mixed import Plan, plan_formats
 from ...quant_core.report import QuantReport
 from ...quant_core.schemes import QuantScheme
 from .build import FLOATS, KEY, build_model, select_group
-from .weights import float_state, full_state, is_quantized, select, weight_loaders
+from .weights import float_state, full_state, is_quantized, select, smallest_exact, weight_loaders
+
+# a file holds the workflow that made it
+WORKFLOW_BYTES = 2**16
 
 
 def compute_dtype(patcher: ModelPatcher) -> torch.dtype:
@@ -29,8 +34,11 @@ def quantize(
     calibration: Calibration | None,
     skip: dict[str, str],
     progress: Callable[[int, int], None],
+    size: int | None = None,
 ) -> tuple[ModelPatcher, QuantReport]:
     """Merges the MODEL's patches, rounds, and rebuilds it. The given MODEL is not touched.
+
+    size: bytes that the whole model may take in a file; every layer then gets a format of its own.
 
     Raises CannotQuantize for a model that is quantized already or patched in a way that cannot be carried over.
     """
@@ -40,14 +48,18 @@ def quantize(
     if foreign:
         raise CannotQuantize(f"{foreign[0]} was replaced by another node; connect Quantize DiT before that node")
     layers, kept, family = select(patcher)
+    loaders = weight_loaders(patcher, layers)
+    plan = None if size is None else fit(patcher, set(layers) - set(skip), calibration, size, progress)
     rounded, report = quantize_model(
-        weight_loaders(patcher, layers),
+        loaders,
         scheme=scheme,
         calibration=calibration,
         family=family,
         skip=kept | skip,
+        schemes=None if plan is None else plan.schemes,
         progress=progress,
     )
+    report = report if plan is None else plan.report(report)
     dtype = compute_dtype(patcher)
     state = full_state(rounded, float_state(patcher, set(rounded), dtype))
     built = build_model(state, None, dtype)
@@ -55,6 +67,31 @@ def quantize(
         was, became = type(patcher.model).__name__, type(built.model).__name__
         raise CannotQuantize(f"the host takes the quantized {was} for a {became}; skip the layers that hold its shape")
     return carry_over(patcher, built), report
+
+
+def fit(
+    patcher: ModelPatcher,
+    names: set[str],
+    calibration: Calibration | None,
+    size: int,
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """The formats of the layers `names` with which the saved model takes at most `size` bytes."""
+    if calibration is None:
+        raise CannotQuantize("fitting to a size needs a calibration; connect Calibrate DiT, measure_sensitivity on")
+    dtype = compute_dtype(patcher)
+    floats = float_state(patcher, names, dtype)
+    fixed = sum(smallest_exact(value).nbytes + header_bytes(name) for name, value in floats.items())
+    del floats
+    return plan_formats(
+        weight_loaders(patcher, sorted(names)),
+        calibration,
+        size,
+        fixed=fixed + WORKFLOW_BYTES,
+        kept_bytes=lambda weight: smallest_exact(weight.to(dtype)).nbytes,
+        in_file=True,
+        progress=progress,
+    )
 
 
 def carry_over(source: ModelPatcher, built: ModelPatcher) -> ModelPatcher:

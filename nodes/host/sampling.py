@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_sampling
@@ -18,7 +18,9 @@ from ...quant_core.collector import MAX_BINS, Collector
 from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.memory import MemoryPlan, plan_memory
-from .weights import fingerprints, is_quantized, select
+from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
+from .gains import cached_gains
+from .weights import fingerprints, is_quantized, select, weight_loaders
 
 log = logging.getLogger("dit_quant")
 KEY = "dit_quant_calibration"
@@ -30,7 +32,8 @@ FEWEST_BINS = 16
 class Settings:
     """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn.
 
-    memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it.
+    memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it;
+    sensitivity: whether the gains of all layers are measured too.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -41,6 +44,7 @@ class Settings:
     seed: int
     memory_gb: float
     passes: int = 1
+    sensitivity: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,28 @@ def calibrate(
     with torch.inference_mode():
         for index in range(len(plan.passes)):
             collectors.append(_observe(run, index, collectors[0].sigmas if collectors else []))
-    return finish(collectors[0], prints, described | {"cache": run.cache(0).name}, collectors[1:])
+    result = finish(collectors[0], prints, described | {"cache": run.cache(0).name}, collectors[1:])
+    return replace(result, gains=_gains(run)) if settings.sensitivity else result
+
+
+def _gains(run: Run) -> dict[str, float]:
+    """How far an error in each layer moves the final latent, on a few steps of the first prompts."""
+    count = min(GAIN_PROMPTS, len(run.positive))
+    total, done = count * GAIN_STEPS * (len(run.layers) + 2), 0
+    run.progress.notes.append(f"sensitivity of {len(run.layers)} layers: at most {total} extra sampling steps")
+
+    def step(index, denoised, x, steps):
+        nonlocal done
+        done += 1
+        run.progress.step(done, total, denoised)
+
+    def sample() -> torch.Tensor:
+        # latents of several sizes side by side
+        return torch.cat([_draw(run.patcher, run, i, GAIN_STEPS, step).flatten() for i in range(count)])[None]
+
+    weights = weight_loaders(run.patcher, run.layers)
+    path = run.folder / f"{run.key[:32]}-gains.json"
+    return cached_gains(run.layers, weights, sample, path, run.key, run.progress.notes)
 
 
 def _observe(run: Run, index: int, sigmas: list[float]) -> Collector:
@@ -212,18 +237,22 @@ def hooked_clone(patcher: ModelPatcher, collector: Collector) -> ModelPatcher:
 
 def _sample(patcher: ModelPatcher, run: Run, i: int, before: int) -> None:
     """Prompt i, start to end, when `before` others have been sampled in all passes."""
-    settings = run.settings
-    latent = empty_latent(patcher, settings.sizes[i % len(settings.sizes)])
-    noise = comfy.sample.prepare_noise(latent, settings.seed + i)
     prompts = len(run.positive) * len(run.plan.passes)
 
     def callback(step, denoised, x, total):
         run.progress.step(before * total + step + 1, prompts * total, denoised)
 
-    comfy.sample.sample(
+    _draw(patcher, run, i, run.settings.steps, callback)
+
+
+def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torch.Tensor:
+    """The final latent [1, ...] of prompt i."""
+    settings = run.settings
+    latent = empty_latent(patcher, settings.sizes[i % len(settings.sizes)])
+    return comfy.sample.sample(
         patcher,
-        noise,
-        settings.steps,
+        comfy.sample.prepare_noise(latent, settings.seed + i),
+        steps,
         settings.cfg,
         settings.sampler,
         settings.scheduler,

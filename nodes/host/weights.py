@@ -84,6 +84,16 @@ def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) ->
     return state
 
 
+def smallest_exact(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32 stored as bf16 or fp16 where that loses nothing: a bf16 checkpoint run in fp32 keeps its size."""
+    if tensor.dtype is not torch.float32:
+        return tensor
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).float(), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
 def quantized_state(patcher: ModelPatcher) -> dict[str, QuantizedLinear]:
     """The quantized layers of a MODEL, with the LoRAs applied after quantization worked in."""
     layers = {}

@@ -11,7 +11,7 @@ from host_server import History, HostServer, find_host, why_no_host
 from safetensors.torch import save_file
 
 NODES = Path(__file__).with_name("nodes_for_tests.py")
-PRESETS = ("W8A8", "W4A8", "htg_paper", "rtn_w8a8", "rtn_w4a8")
+PRESETS = ("W8A8", "W4A8", "W8A8 fast", "W8A8 static", "htg_paper", "rtn_w8a8", "rtn_w4a8")
 LORA = "emoji_lora.safetensors"
 LORA_LAYERS = {
     "joint_blocks.0.x_block.attn.qkv": (768, 256),
