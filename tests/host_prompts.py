@@ -84,7 +84,7 @@ def quantize(
     name: str = "quantized",
     **changes,
 ) -> dict:
-    inputs = {"model": link(model), "preset": preset, "group_size": 64, "skip_layers": "", **changes}
+    inputs = {"model": link(model), "preset": preset, "group_size": 16, "skip_layers": "", **changes}
     if calibration is not None:
         inputs["calibration"] = link(calibration)
     return {name: node("DiTQuantQuantize", **inputs)}

@@ -57,7 +57,7 @@ def quantizing(model: str, preset: str) -> dict:
             sampler_name="euler",
             scheduler="simple",
             seed=1,
-            memory_gb=2.0,
+            memory_gb=4.0,
         ),
         "group": node(
             "DiTQuantGroupTimesteps", calibration=link("calibrate"), groups=0, linkage="ward", interpolate=False
@@ -67,7 +67,7 @@ def quantizing(model: str, preset: str) -> dict:
             model=link(model),
             calibration=link("group"),
             preset=preset,
-            group_size=64,
+            group_size=16,
             skip_layers="",
         ),
     }
