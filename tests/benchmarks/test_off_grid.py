@@ -152,4 +152,4 @@ def test_table():
     assert lines[0] == "| condition | native int8 + ConvRot | W8A8 | native asym_w4a8_int8 | W4A8 |"
     assert lines[3] == "| cfg 7 | 0.0100 | 0.0075 (0.75x) | 0.0100 | 0.0060 (0.60x) |"
     assert "| SD3 layout | 0.50x to 0.75x | 0.60x to 0.80x |" in lines
-    assert "| planted drift | 0.10x to 0.20x | - |" in lines
+    assert "| SD3, outliers that drift | 0.10x to 0.20x | - |" in lines
