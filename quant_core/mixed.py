@@ -113,13 +113,18 @@ def price(
     assert calibration.gains is not None
     nearest = scheme.with_options(weights=scheme.weights.with_options(rounding=Rounding.NEAREST))
     N, count = len(weight), min(CHANNELS, len(weight))
-    part = weight[torch.arange(count) * N // count]
+    chosen = torch.arange(count) * N // count
+    part = weight[chosen]
     source = LayerInput(calibration.sigmas, calibration.layers[name])
     layer, _ = quantize_weight(name, part, nearest, groups, source)
     try:
         error = output_error(part, layer, source.statistics, calibration.sigmas)
     except ValueError as problem:
         raise CannotQuantize(f"{name}: {problem}") from problem
+    # a channel's error goes with its energy, and a few wide channels may hold most of it
+    smooth = torch.ones(weight.shape[1]) if layer.smooth is None else layer.smooth.float()
+    energy = weight.float().square() @ smooth.square()
+    error *= float(energy.mean() / energy[chosen].mean().clamp(min=torch.finfo(torch.float32).tiny))
     nbytes = nbytes_of(weight, layer) + (extra_bytes(name, layer) if in_file else 0)
     return Choice(scheme.name, nbytes, calibration.gains[name] * error)
 

@@ -40,19 +40,34 @@ class Disturbance:
         return sum(self.calls) / max(len(self.calls), 1)
 
 
-@contextmanager
-def disturbed(layer: nn.Module, noise: Tensor) -> Iterator[Disturbance]:
-    """Adds (x - mean of x) noiseᵀ to the output of a Linear: what rounding its weight does once z is taken off.
+def inverse_scale(columns: Tensor, rms: Tensor) -> Tensor:
+    """1 / s [K] of the balanced scale, from the norms of weight columns and the rms of inputs [K].
 
-    Noise that is independent per token instead predicts the final latent's error worse.
+    Such that noise behind it has as much energy as noise on the unscaled weight.
     """
-    seen, placed = Disturbance(), noise
+    tiny = torch.finfo(torch.float32).tiny
+    factor = (columns / torch.maximum(rms, 1e-6 * rms.amax()).clamp(min=1e-20)).sqrt()
+    energy = (columns * rms).norm() / columns.norm().clamp(min=tiny) * len(columns) ** 0.5
+    return factor * (energy / (factor * rms).norm().clamp(min=tiny))
+
+
+@contextmanager
+def disturbed(layer: nn.Module, weight: Tensor, strength: float = STRENGTH) -> Iterator[Disturbance]:
+    """Adds ((x - mean of x) / s) noiseᵀ to the output of a Linear with this weight [N, K]: what rounding to a grid does
+    once shift and balanced scale are taken off. s is that of the call.
+
+    Noise that is independent per token predicts the final latent's error worse, and where a few channels are wide so does noise without s.
+    """
+    seen, tables = Disturbance(), (weight_noise(weight, strength), weight.float().norm(dim=0))
 
     def after(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
-        nonlocal placed
+        nonlocal tables
         x = args[0]
-        placed = placed.to(device=x.device, dtype=x.dtype)
-        change = (x - x.flatten(0, -2).mean(dim=0)) @ placed.T
+        tables = (tables[0].to(device=x.device, dtype=x.dtype), tables[1].to(x.device))
+        noise, columns = tables
+        centred = x - x.flatten(0, -2).mean(dim=0)
+        rms = centred.flatten(0, -2).float().square().mean(dim=0).sqrt()
+        change = (centred * inverse_scale(columns, rms).to(x.dtype)) @ noise.T
         seen.calls.append(float(change.float().square().mean()))
         return y + change
 
@@ -87,10 +102,10 @@ def measure_gains(
     reference = sample()
     # what any change, however small, moves the latent by: the rounding of a model that runs in 16 bits
     first = next(iter(layers))
-    with disturbed(layers[first], weight_noise(weights[first](), TINY)):
+    with disturbed(layers[first], weights[first](), TINY):
         floor = relative_energy(sample(), reference)
     for name in todo:
-        with disturbed(layers[name], weight_noise(weights[name]())) as disturbance:
+        with disturbed(layers[name], weights[name]()) as disturbance:
             moved = relative_energy(sample(), reference)
         if disturbance.calls:
             yield name, max(moved - floor, 0.0) / max(disturbance.energy, sys.float_info.min)

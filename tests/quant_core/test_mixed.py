@@ -10,8 +10,9 @@ from dit_quant.quant_core.budget import OverBudget
 from dit_quant.quant_core.checkpoint import layer_tensors
 from dit_quant.quant_core.convert import KEPT_BY_BUDGET, CannotQuantize, quantize_model
 from dit_quant.quant_core.files import write_tensors
-from dit_quant.quant_core.mixed import KEPT, formats, plan_formats
+from dit_quant.quant_core.mixed import KEPT, formats, plan_formats, price
 from dit_quant.quant_core.schemes import PRESETS
+from dit_quant.quant_core.timesteps import SINGLE_GROUP
 from drift import calibration_of
 
 SHAPES = {"ugly": (200, 36), "square": (160, 256), "wide": (96, 512), "tall": (300, 128)}
@@ -76,6 +77,19 @@ def test_correction_beyond_fp16_is_priced(weights, loaders, calibration):
     layers, _ = quantized({name: lambda: weight}, own, plan)
     assert layers[name].correction.dtype == torch.float32
     assert plan.choices[name].nbytes == layers[name].nbytes
+
+
+def test_a_few_wide_channels_are_not_missed():
+    """Channel 1 of 300 is judged through the others: its error goes with its energy."""
+    weight = torch.randn(300, 128, generator=torch.Generator().manual_seed(3)) / 11
+    wide = weight.clone()
+    wide[1] *= 100
+    errors = []
+    for value in (weight, wide):
+        own = replace(calibration_of({"l": value}, covariance=128), gains={"l": 1.0})
+        errors.append(price("l", value, PRESETS["rtn_w4a8"], own, SINGLE_GROUP, in_file=False).error)
+    # energies: 300 channels of 1, against 299 of 1 and one of 10,000
+    assert errors[1] / errors[0] == pytest.approx((299 + 10_000) / 300, rel=0.3)
 
 
 def test_bytes_go_where_the_gain_is(loaders, calibration):

@@ -9,6 +9,7 @@ from dit_quant.quant_core.sensitivity import (
     GAIN_PROMPTS,
     STRENGTH,
     disturbed,
+    inverse_scale,
     measure_gains,
     output_error,
     relative_energy,
@@ -47,15 +48,28 @@ def test_noise_is_relative_to_every_channel_and_always_the_same():
 def test_disturbance_counts_what_it_adds_and_goes_away():
     layer, x = chain(1.0)[0], normal(3, 5, 64, seed=9) + 7
     before = layer(x)
-    with disturbed(layer, weight_noise(layer.weight)) as disturbance:
+    with disturbed(layer, layer.weight) as disturbance:
         change = layer(x) - before
     assert torch.equal(layer(x), before)
     assert disturbance.energy == pytest.approx(float(change.square().mean()), rel=1e-4)
     # the mean that all tokens share is taken off, as a shift does
     assert change.flatten(0, 1).mean(dim=0).abs().max() < 1e-4 * change.abs().max()
-    with pytest.raises(KeyError), disturbed(layer, weight_noise(layer.weight)):
+    with pytest.raises(KeyError), disturbed(layer, layer.weight):
         raise KeyError
     assert torch.equal(layer(x), before)
+
+
+def test_one_wide_input_does_not_take_all_the_noise():
+    """Rounding happens behind the balanced scale: every input channel contributes as rms x column."""
+    columns, rms = normal(64, seed=1).exp(), normal(64, seed=2).exp()
+    rms[5] *= 1000
+    unscale = inverse_scale(columns, rms)
+    share = (unscale * rms).square() / (columns * rms)
+    torch.testing.assert_close(share, share[:1].expand(64))
+    # as much as noise of the columns' own size would give
+    expected = (columns * rms).square().sum() / columns.square().mean()
+    torch.testing.assert_close((unscale * rms).square().sum(), expected)
+    assert torch.isfinite(inverse_scale(columns, torch.zeros(64))).all()
 
 
 def test_gain_is_the_square_of_what_an_output_is_multiplied_by():
