@@ -56,7 +56,8 @@ def disturbed(layer: nn.Module, weight: Tensor, strength: float = STRENGTH) -> I
     """Adds ((x - mean of x) / s) noiseᵀ to the output of a Linear with this weight [N, K]: what rounding to a grid does
     once shift and balanced scale are taken off. s is that of the call.
 
-    Noise that is independent per token predicts the final latent's error worse, and where a few channels are wide so does noise without s.
+    Noise that is independent per token predicts the final latent's error worse, and so does noise without s where a
+    few channels are wide.
     """
     seen, tables = Disturbance(), (weight_noise(weight, strength), weight.float().norm(dim=0))
 

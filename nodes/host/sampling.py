@@ -185,7 +185,8 @@ def _gains(run: Run) -> dict[str, float]:
 
     weights = weight_loaders(run.patcher, run.layers)
     path = run.folder / f"{run.key[:32]}-gains.json"
-    return cached_gains(run.layers, weights, sample, path, run.key, run.progress.notes)
+    key = f"{run.key} {GAIN_STEPS} steps {GAIN_PROMPTS} prompts"
+    return cached_gains(run.layers, weights, sample, path, key, run.progress.notes)
 
 
 def _observe(run: Run, index: int, sigmas: list[float]) -> Collector:
