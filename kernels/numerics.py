@@ -84,8 +84,17 @@ def hadamard(order: int, dtype: torch.dtype = torch.float32, device: torch.devic
 
 
 def rotate(x: Tensor, order: int) -> Tensor:
-    """Block Hadamard over the last dimension, in the dtype of x. order 1 is the identity."""
-    if order == 1:
-        return x
-    blocks = x.unflatten(-1, (-1, order))
-    return (blocks @ hadamard(order, x.dtype, x.device)).flatten(-2)
+    """Block Hadamard over the last dimension, in the dtype of x. order 1 is the identity.
+
+    Radix-4 butterflies, stride 1 first: every output is (sum of the four) / 2 - its mirror image, so that any
+    implementation that adds in this order has the same bits.
+    """
+    stride = 1
+    while stride < order:
+        a, b, c, d = x.unflatten(-1, (-1, 4, stride)).unbind(-2)
+        half = ((a + b) + (c + d)) * 0.5
+        x = torch.stack((half - d, half - c, half - b, half - a), dim=-2).flatten(-3)
+        stride *= 4
+    if stride != order:
+        raise ValueError(f"Hadamard block {order} is not a power of 4; choose 16, 64 or 256")
+    return x

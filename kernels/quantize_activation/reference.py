@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from ..numerics import INT8_MAX, lerp_rows, rotate, round_clamp, safe_scale
+from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
 
 
 def transform(x: Tensor, shift: Tensor | None, smooth: Tensor | None, index: Tensor, fraction: Tensor, order: int):
-    """x [M, K] -> ((x - z(sigma)) / s) H, fp32."""
+    """x [M, K] -> ((x - z(sigma)) / s) H, fp32; the division is a product with 1 / s."""
     x = x.float()
     if shift is not None:
         x = x - lerp_rows(shift, index, fraction)
     if smooth is not None:
-        x = x / smooth.float()
+        x = x * smooth.float().reciprocal()
     return rotate(x, order)
 
 
@@ -45,8 +45,14 @@ def quantize_activation(
         scale, zero = safe_scale(x.abs().amax(dim=-1, keepdim=True), INT8_MAX), None
     else:
         scale, zero = asymmetric_range(x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True))
-    codes = x / scale if zero is None else x / scale + zero
-    return round_clamp(codes, -INT8_MAX, INT8_MAX).to(torch.int8), scale, zero
+    return encode(x, scale, zero), scale, zero
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """x [M, K] fp32 -> round(x (1 / scale)) + zero [M, K] int8. The product is rounded before zero is added, so
+    that a fused multiply-add changes nothing."""
+    codes = (x * scale.reciprocal()).round()
+    return (codes if zero is None else codes + zero).clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def asymmetric_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +60,8 @@ def asymmetric_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     spread = high - low
     # a constant row has no spread: give it the step of its magnitude, so that its one value is exact to 1/254
     scale = safe_scale(torch.where(spread > 0, spread, torch.maximum(high.abs(), low.abs())), 2 * INT8_MAX)
-    # x / scale + zero must not leave fp32's exact integers: a far-off row falls back to a symmetric range
+    # x / scale and zero must not leave fp32's exact integers: a far-off row falls back to a symmetric range
     far = torch.maximum(high.abs(), low.abs()) > scale * 2**15
     scale = torch.where(far, safe_scale(torch.maximum(high.abs(), low.abs()), INT8_MAX), scale)
-    zero = torch.where(far, torch.zeros_like(scale), (-INT8_MAX - low / scale).round())
+    zero = torch.where(far, torch.zeros_like(scale), -INT8_MAX - (low * scale.reciprocal()).round())
     return scale, zero
