@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..quant_core.checkpoint import VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
 from .host.build import build_model, quantized_names
+from .host.detection import detection_metadata
 from .host.paths import output_file
 from .host.weights import float_state, full_state, is_quantized, quantized_state, smallest_exact
 from .schema import schema
@@ -47,6 +48,7 @@ class SaveQuantizedDiT(io.ComfyNode):
         floats = float_state(model, set(layers), model.model.get_dtype())
         state = full_state(layers, {name: smallest_exact(value) for name, value in floats.items()})
         metadata = {METADATA: json.dumps({"version": VERSION, "layers": len(layers)})}
+        metadata |= detection_metadata(model, state)
         if not args.disable_metadata:
             if cls.hidden.prompt is not None:
                 metadata["prompt"] = json.dumps(cls.hidden.prompt)
@@ -72,7 +74,7 @@ def load_quantized(path: Path):
         raise DamagedFile(f"{path.name}: {error}") from error
     if not quantized_names(state):
         raise DamagedFile(f"{path.name}: holds no quantized layer; save it again")
-    return build_model(state, None)
+    return build_model(state, metadata)
 
 
 class LoadQuantizedDiT(io.ComfyNode):

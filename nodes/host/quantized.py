@@ -14,6 +14,7 @@ from ...quant_core.mixed import Plan, plan_formats
 from ...quant_core.report import QuantReport
 from ...quant_core.schemes import QuantScheme
 from .build import FLOATS, KEY, build_model, select_group
+from .detection import detection_metadata, difference
 from .weights import float_state, full_state, is_quantized, select, smallest_exact, weight_loaders
 
 # a file holds the workflow that made it
@@ -62,10 +63,9 @@ def quantize(
     report = report if plan is None else plan.report(report)
     dtype = compute_dtype(patcher)
     state = full_state(rounded, float_state(patcher, set(rounded), dtype))
-    built = build_model(state, None, dtype)
-    if type(built.model) is not type(patcher.model):
-        was, became = type(patcher.model).__name__, type(built.model).__name__
-        raise CannotQuantize(f"the host takes the quantized {was} for a {became}; skip the layers that hold its shape")
+    built = build_model(state, detection_metadata(patcher, state), dtype)
+    if wrong := difference(patcher, built):
+        raise CannotQuantize(f"the host reads {wrong} off the quantized tensors; skip the layers that hold this shape")
     return carry_over(patcher, built), report
 
 

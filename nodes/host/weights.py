@@ -14,6 +14,7 @@ from ...quant_core.checkpoint import layer_tensors
 from ...quant_core.fingerprint import tensor_fingerprint
 from ...quant_core.linear import QuantizedLinear, requantize
 from .build import quantized_layers
+from .detection import detection_hints
 from .layout import is_ours, unwrap
 
 PREFIX = "diffusion_model."
@@ -81,7 +82,7 @@ def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) ->
         if name not in skip:
             value = merged_weight(patcher, f"{PREFIX}{name}", None)
             state[name] = value.to(dtype) if value.is_floating_point() else value
-    return state
+    return state | detection_hints(patcher)
 
 
 def smallest_exact(tensor: torch.Tensor) -> torch.Tensor:
