@@ -13,7 +13,8 @@ MULTIPLIER_MAX = 15
 
 def safe_scale(extent: Tensor, qmax: float) -> Tensor:
     """extent >= 0 -> fp32 step extent / qmax; a zero extent gets step 1, so that its codes are 0."""
-    step = extent.float() / qmax
+    # a tensor, not a number: CUDA would multiply by the reciprocal of a number, one bit off
+    step = extent.float() / torch.full((), qmax, device=extent.device)
     return torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
 
 
@@ -55,15 +56,20 @@ def unpack_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     return levels >> 4, levels & 0xF
 
 
-def decode_int4(packed: Tensor, levels: Tensor) -> Tensor:
+def decode_int4(packed: Tensor, levels: Tensor, table: Tensor | None = None) -> Tensor:
     """4-bit weight -> int8 codes of the channel's grid: code8 = (code4 - zero) multiplier, in integers.
 
     packed [N, K / 2] uint8; levels [N, G] uint8, see `pack_levels`. Two-level scales as in QServe (arXiv
     2405.04532), the second one a nibble; whoever encodes keeps the product within int8.
+    With a table [16] int8 code8 = table[code4] multiplier, and the zero is not used.
     """
     multiplier, zero = unpack_levels(levels)
-    codes = unpack_int4(packed).to(torch.int16).unflatten(1, (levels.shape[1], -1))
-    decoded = (codes - zero[..., None].to(torch.int16)) * multiplier[..., None].to(torch.int16)
+    if table is None:
+        codes = unpack_int4(packed).to(torch.int16).unflatten(1, (levels.shape[1], -1))
+        centred = codes - zero[..., None].to(torch.int16)
+    else:
+        centred = table.to(torch.int16)[unpack_int4(packed).int()].unflatten(1, (levels.shape[1], -1))
+    decoded = centred * multiplier[..., None].to(torch.int16)
     return decoded.to(torch.int8).flatten(1)
 
 

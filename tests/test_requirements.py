@@ -43,3 +43,14 @@ def test_names_are_read():
     assert names(["Torch >= 2.7 # fast", "", "# numpy", "triton_windows[all]"]) == {"torch", "triton-windows"}
     with pytest.raises(AssertionError, match="plain requirement"):
         names(["--index-url https://example.org"])
+
+
+def test_every_package_is_installed():
+    """A folder that pyproject does not name works from a checkout and is missing from an installed pack."""
+    tomllib = pytest.importorskip("tomllib")
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"dit_quant"}
+    for top in ("demo", "kernels", "nodes", "quant_core"):
+        for path in (ROOT / top).rglob("__init__.py"):
+            found.add(".".join(("dit_quant", *path.parent.relative_to(ROOT).parts)))
+    assert listed == found

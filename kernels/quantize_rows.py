@@ -1,0 +1,211 @@
+"""Choosing a tile and launching the Triton quantizers; what quantize_activation and its fused relatives share."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton_device import device_refusal, interpreted
+
+# a row of more columns is read twice: its registers would spill on one card or another
+LONGEST_ROW = 15360
+LONGEST_FUSED_ROW = 13824
+ORDERS = (1, 4, 16, 64, 256)
+# the device functions use tuples of tensors
+OLDEST_TRITON = (3, 3)
+# a thread's neighbouring columns: 16 bytes of a half-precision row, 8 bytes of codes
+VECTOR = 8
+REGISTER_FILE = 65536
+LONG_CONSTANTS: dict[str, Any] = {"WIDTH": 4096, "VECTOR": VECTOR, "num_warps": 16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x (chunks x width) columns per step of a program; `prefetch`: the next tile is loaded meanwhile."""
+
+    rows: int
+    width: int
+    chunks: int
+    warps: int
+    prefetch: bool
+    registers: int
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring columns that one thread holds."""
+        return min(self.width, VECTOR)
+
+    def constants(self, K: int) -> dict[str, Any]:
+        """Compile-time arguments and options of `quantize_rows`."""
+        return {
+            "ROWS": self.rows,
+            "WIDTH": self.width,
+            "CHUNKS": self.chunks,
+            "PADDED": self.width * self.chunks != K,
+            "VECTOR": self.vector,
+            "PREFETCH": self.prefetch,
+            "num_warps": self.warps,
+        }
+
+    @property
+    def programs_per_multiprocessor(self) -> int:
+        return max(1, min(2048, REGISTER_FILE // self.registers) // (32 * self.warps))
+
+
+@lru_cache(maxsize=256)
+def plan(K: int, order: int, tables: int, itemsize: int, prologue: str = "plain") -> Tile | None:
+    """Tile for rows of K columns, or None where the registers do not hold a row.
+
+    tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x. Fewest
+    padded columns first, then the next tile's loads in flight, then at least 512 threads on a multiprocessor.
+    """
+    if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
+        return None
+    inputs = 2 if prologue == "swiglu" else 1
+    if K <= 256:
+        width = max(16, order, 1 << (K - 1).bit_length())
+        return Tile(rows=4 * 32 * VECTOR // width, width=width, chunks=1, warps=4, prefetch=True, registers=96)
+    best, least = None, float("inf")
+    for width in (256, 512, 1024, 2048, 4096):
+        chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
+        # erf takes longer than the memory
+        for prefetch in (True, False) if prologue != "gelu" else (False,):
+            # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
+            columns = VECTOR * chunks
+            registers = columns * (1 + tables) + 32
+            registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
+            if registers > min(REGISTER_FILE // (32 * warps), 196):
+                continue
+            cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.1 * (registers > 128) + 0.01 * (warps > 8))
+            if cost < least:
+                rows = warps * 32 * VECTOR // width
+                best, least = Tile(rows, width, chunks, warps, prefetch, max(64, registers)), cost
+    return best
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def refusal(
+    device: torch.device,
+    *,
+    K: int,
+    N: int | None = None,
+    group_size: int | None = None,
+    hadamard: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Why the Triton quantizers cannot take this, or None."""
+    if hadamard not in ORDERS:
+        return f"Hadamard block {hadamard} is not 1, 4, 16, 64 or 256"
+    if K % hadamard:
+        return f"K={K} is not divisible by the Hadamard block {hadamard}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype} is not float32, float16 or bfloat16"
+    reason = device_refusal(device)
+    return reason if reason is not None or interpreted() else too_old()
+
+
+@lru_cache(maxsize=1)
+def too_old() -> str | None:
+    from .quantize_rows_triton import VERSION
+
+    if tuple(int(part) for part in VERSION.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {VERSION} < {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
+    return None
+
+
+def launch(
+    x: Tensor,
+    *,
+    up: Tensor | None = None,
+    prologue: str = "plain",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    tokens: int = 1,
+    eps: float = 0.0,
+    index: Tensor,
+    fraction: Tensor,
+    shift: Tensor | None = None,
+    smooth: Tensor | None = None,
+    hadamard: int = 1,
+    symmetric: bool = True,
+    static_scale: Tensor | None = None,
+    static_zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x (and up) [M, K], last dimension contiguous -> codes [M, K], scale [M, 1], zero [M, 1] or None.
+
+    gamma, beta [B, K] serve `tokens` consecutive rows each. Everything else as in the references.
+    """
+    from .quantize_rows_triton import quantize_long_rows, quantize_rows
+
+    M, K = x.shape
+    if hadamard not in ORDERS or K % hadamard:
+        raise ValueError(
+            f"K={K} cannot be rotated in Hadamard blocks of {hadamard}; use one of {ORDERS} that divides K"
+        )
+    # rows may lie apart, columns not
+    x = x if x.stride(1) == 1 else x.contiguous()
+    up, gamma, beta = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (up, gamma, beta))
+    ranges = "static" if static_scale is not None else "symmetric" if symmetric else "asymmetric"
+    rows = 1 if ranges == "static" else M
+    with_zero = static_zero is not None if ranges == "static" else not symmetric
+    codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    zero = torch.empty((rows, 1), dtype=torch.float32, device=x.device) if with_zero else None
+    operands: dict[str, Any] = {
+        "x_ptr": x,
+        "up_ptr": up,
+        "shift_ptr": contiguous(shift),
+        "smooth_ptr": contiguous(smooth),
+        "static_scale_ptr": contiguous(static_scale),
+        "static_zero_ptr": contiguous(static_zero) if ranges == "static" else None,
+        "index_ptr": index,
+        "fraction_ptr": fraction.to(x.device),
+        "codes_ptr": codes,
+        "scale_ptr": scale,
+        "zero_ptr": zero,
+        "M": M,
+        "K": K,
+        "T": next((table.shape[0] for table in (shift, static_scale) if table is not None), 1),
+        "x_stride": x.stride(0),
+        "up_stride": 0 if up is None else up.stride(0),
+        "PROLOGUE": prologue,
+        "RANGE": ranges,
+        "ORDER": hadamard,
+        # an addition fused with the product before it would round once instead of twice
+        "enable_fp_fusion": False,
+    }
+    with torch.cuda.device_of(x):
+        tables = (shift is not None) + (smooth is not None)
+        tile = plan(K, hadamard, tables, x.element_size(), prologue)
+        if M == 0:
+            pass
+        elif tile is not None:
+            grid = min(-(-M // tile.rows), multiprocessors(x.device) * tile.programs_per_multiprocessor)
+            quantize_rows[(grid,)](
+                **operands,
+                weight_ptr=contiguous(weight),
+                bias_ptr=contiguous(bias),
+                gamma_ptr=gamma,
+                beta_ptr=beta,
+                tokens=tokens,
+                gamma_stride=0 if gamma is None else gamma.stride(0),
+                beta_stride=0 if beta is None else beta.stride(0),
+                eps=eps,
+                **tile.constants(K),
+            )
+        else:
+            quantize_long_rows[(M,)](**operands, **LONG_CONSTANTS)
+    return codes, scale.expand(M, 1), None if zero is None else zero.expand(M, 1)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

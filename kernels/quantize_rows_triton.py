@@ -1,0 +1,246 @@
+"""The two quantizer kernels: rows that fit in registers are read once, longer ones twice."""
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# ruff: noqa: RUF005 (the compiler knows no starred tuples)
+import triton
+import triton.language as tl
+
+from .quantizing_triton import (
+    asymmetric_range,
+    column_tables,
+    encode,
+    gelu,
+    load_rows,
+    mirrored,
+    normalise,
+    rotate,
+    round_even,
+    safe_scale,
+    sigmoid_product,
+    table_row,
+    table_value,
+)
+
+VERSION = triton.__version__
+
+
+@triton.jit
+def prologue(chunk, up, PROLOGUE: tl.constexpr):
+    """What stands before the quantizer, column by column."""
+    x = chunk.to(tl.float32)
+    if PROLOGUE == "swiglu":
+        x = sigmoid_product(x, x) * up.to(tl.float32)
+    elif PROLOGUE == "gelu" or PROLOGUE == "gelu_tanh":
+        x = gelu(x, PROLOGUE)
+    return x
+
+
+# sizes that change from call to call must not compile anew; those that steer vectors stay specialised
+@triton.jit(do_not_specialize=["M", "T", "tokens", "eps"])
+def quantize_rows(
+    x_ptr,
+    up_ptr,
+    weight_ptr,
+    bias_ptr,
+    gamma_ptr,
+    beta_ptr,
+    shift_ptr,
+    smooth_ptr,
+    static_scale_ptr,
+    static_zero_ptr,
+    index_ptr,
+    fraction_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    M,
+    K,
+    T,
+    x_stride,
+    up_stride,
+    tokens,
+    gamma_stride,
+    beta_stride,
+    eps,
+    PROLOGUE: tl.constexpr,
+    RANGE: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """Whole rows: CHUNKS * WIDTH >= K. RANGE "symmetric", "asymmetric" or "static"."""
+    index = tl.load(index_ptr)
+    fraction = tl.load(fraction_ptr).to(tl.float32)
+    shifts, inverses = column_tables(shift_ptr, smooth_ptr, index, fraction, T, K, WIDTH, CHUNKS)
+    zero = tl.zeros((ROWS,), tl.float32)
+    if RANGE == "static":
+        value = table_value(static_scale_ptr, index, fraction, T)
+        inverse = tl.zeros((ROWS,), tl.float32) + tl.div_rn(1.0, value)
+        origin = 0.0
+        if static_zero_ptr is not None:
+            origin = round_even(table_value(static_zero_ptr, index, fraction, T))
+            zero += origin
+        if tl.program_id(0) == 0:
+            tl.store(scale_ptr, value)
+            if static_zero_ptr is not None:
+                tl.store(zero_ptr, origin)
+
+    programs = tl.num_programs(0)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if PREFETCH:
+        coming = load_rows(x_ptr, rows, M, K, x_stride, ROWS, WIDTH, CHUNKS)
+        coming_up = coming
+        if PROLOGUE == "swiglu":
+            coming_up = load_rows(up_ptr, rows, M, K, up_stride, ROWS, WIDTH, CHUNKS)
+    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), programs):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        inside = rows < M
+        if PREFETCH:
+            chunks = coming
+            ups = coming_up
+            # the next tile is on its way while this one is worked on
+            coming = load_rows(x_ptr, rows + programs * ROWS, M, K, x_stride, ROWS, WIDTH, CHUNKS)
+            coming_up = coming
+            if PROLOGUE == "swiglu":
+                coming_up = load_rows(up_ptr, rows + programs * ROWS, M, K, up_stride, ROWS, WIDTH, CHUNKS)
+        else:
+            chunks = load_rows(x_ptr, rows, M, K, x_stride, ROWS, WIDTH, CHUNKS)
+            ups = chunks
+            if PROLOGUE == "swiglu":
+                ups = load_rows(up_ptr, rows, M, K, up_stride, ROWS, WIDTH, CHUNKS)
+        if PROLOGUE == "layer" or PROLOGUE == "rms":
+            chunks = normalise(
+                chunks, weight_ptr, bias_ptr, gamma_ptr, beta_ptr, tl.minimum(rows, M - 1) // tokens, K,
+                gamma_stride, beta_stride, eps, ROWS, WIDTH, CHUNKS, PROLOGUE,
+            )  # fmt: skip
+        transformed = ()
+        for chunk in tl.static_range(CHUNKS):
+            y = prologue(chunks[chunk], ups[chunk], PROLOGUE)
+            if shift_ptr is not None:
+                y = y - shifts[chunk]
+            if smooth_ptr is not None:
+                y = y * inverses[chunk]
+            transformed = transformed + (rotate(y, ORDER, VECTOR),)
+
+        if RANGE == "symmetric":
+            extent = tl.abs(transformed[0])
+            for chunk in tl.static_range(1, CHUNKS):
+                extent = tl.maximum(extent, tl.abs(transformed[chunk]))
+            scale = safe_scale(tl.max(extent, axis=1), 127.0)
+            inverse = tl.div_rn(1.0, scale)
+        elif RANGE == "asymmetric":
+            # only the last chunk can reach beyond K
+            last = transformed[CHUNKS - 1]
+            within = (tl.arange(0, WIDTH) < K - (CHUNKS - 1) * WIDTH)[None, :]
+            low = tl.where(within, last, float("inf")) if PADDED else last
+            high = tl.where(within, last, float("-inf")) if PADDED else last
+            for chunk in tl.static_range(CHUNKS - 1):
+                low = tl.minimum(low, transformed[chunk])
+                high = tl.maximum(high, transformed[chunk])
+            # one reduction for both ends
+            high, low = tl.split(tl.max(tl.join(high, -low), axis=1))
+            scale, inverse, zero = asymmetric_range(-low, high)
+        if RANGE != "static":
+            tl.store(scale_ptr + rows, scale, mask=inside)
+            if RANGE == "asymmetric":
+                tl.store(zero_ptr + rows, zero, mask=inside)
+
+        start = codes_ptr + rows.to(tl.int64)[:, None] * K
+        for chunk in tl.static_range(CHUNKS):
+            columns = chunk * WIDTH + tl.arange(0, WIDTH)
+            codes = encode(transformed[chunk], inverse[:, None], zero[:, None], RANGE)
+            mask = inside[:, None] & (columns < K)[None, :]
+            tl.store(start + mirrored(columns, ORDER, VECTOR)[None, :], codes, mask=mask)
+
+
+@triton.jit
+def long_columns(
+    x_ptr, up_ptr, shift_ptr, smooth_ptr, index, fraction, T, K, columns, PROLOGUE: tl.constexpr, ORDER: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One row's transformed `columns` [1, WIDTH]; x_ptr and up_ptr point to the row."""
+    mask = columns < K
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0)
+    up = x
+    if PROLOGUE == "swiglu":
+        up = tl.load(up_ptr + columns, mask=mask, other=0.0)
+    y = prologue(x, up, PROLOGUE)
+    if shift_ptr is not None:
+        y = y - table_row(shift_ptr, index, fraction, T, K, columns, mask)
+    if smooth_ptr is not None:
+        smooth = tl.load(smooth_ptr + columns, mask=mask, other=1.0, eviction_policy="evict_last")
+        y = y * tl.div_rn(1.0, smooth.to(tl.float32))
+    return rotate(y, ORDER, VECTOR)
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def quantize_long_rows(
+    x_ptr,
+    up_ptr,
+    shift_ptr,
+    smooth_ptr,
+    static_scale_ptr,
+    static_zero_ptr,
+    index_ptr,
+    fraction_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    M,
+    K,
+    T,
+    x_stride,
+    up_stride,
+    PROLOGUE: tl.constexpr,
+    RANGE: tl.constexpr,
+    ORDER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A program per row: its range first, then, from L2, its codes. A static range needs the second pass only."""
+    index = tl.load(index_ptr)
+    fraction = tl.load(fraction_ptr).to(tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    start = x_ptr + row * x_stride
+    up_start = start
+    if PROLOGUE == "swiglu":
+        up_start = up_ptr + row * up_stride
+    if RANGE == "static":
+        scale = table_value(static_scale_ptr, index, fraction, T)
+        zero = 0.0
+        if static_zero_ptr is not None:
+            zero = round_even(table_value(static_zero_ptr, index, fraction, T))
+        inverse = tl.div_rn(1.0, scale)
+        if row == 0:
+            tl.store(scale_ptr, scale)
+            if static_zero_ptr is not None:
+                tl.store(zero_ptr, zero)
+    else:
+        low = tl.full((1, WIDTH), float("inf"), tl.float32)
+        high = -low
+        for first in range(0, K, WIDTH):
+            columns = first + tl.arange(0, WIDTH)[None, :]
+            y = long_columns(
+                start, up_start, shift_ptr, smooth_ptr, index, fraction, T, K, columns, PROLOGUE, ORDER, VECTOR
+            )
+            low = tl.where(columns < K, tl.minimum(low, y), low)
+            high = tl.where(columns < K, tl.maximum(high, y), high)
+        if RANGE == "symmetric":
+            scale = safe_scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high))), 127.0)
+            inverse = tl.div_rn(1.0, scale)
+            zero = 0.0
+        else:
+            scale, inverse, zero = asymmetric_range(tl.min(low), tl.max(high))
+            tl.store(zero_ptr + row, zero)
+        tl.store(scale_ptr + row, scale)
+    for first in range(0, K, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        y = long_columns(
+            start, up_start, shift_ptr, smooth_ptr, index, fraction, T, K, columns[None, :], PROLOGUE, ORDER, VECTOR
+        )
+        place = codes_ptr + row * K + mirrored(columns, ORDER, VECTOR)[None, :]
+        tl.store(place, encode(y, inverse, zero, RANGE), mask=columns[None, :] < K)

@@ -1,0 +1,57 @@
+"""The quantizers compile for every card, keep a row in registers, and move 16 bytes at a time."""
+
+import re
+from pathlib import Path
+
+import pytest
+from ahead_of_time import CAPABILITIES, compile_all
+from quantizers_compilations import compilations
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    requests = [request for request, _ in compilations()]
+    return list(zip(requests, compile_all(requests), strict=True))
+
+
+def test_nothing_spills(compiled):
+    assert {request.capability for request, _ in compiled} == set(CAPABILITIES)
+    faults = {f"{request.name} sm_{request.capability}": result.faults("") for request, result in compiled}
+    assert {name: fault for name, fault in faults.items() if fault} == {}
+
+
+def test_rows_stay_in_registers(compiled):
+    """Shared memory holds a few values per warp and row, never the row: a rotation moves it between lanes only."""
+    for request, result in compiled:
+        assert result.shared <= 1024, (request.name, result.shared)
+
+
+def test_wide_accesses(compiled):
+    """Rows are read 16 bytes at a time and codes written 8 at a time, rotated or not."""
+    for request, result in compiled:
+        ptx = Path(result.cubin).with_suffix(".ptx").read_text(encoding="utf-8")
+        loads = re.findall(r"ld\.global\S*?\.v4\.b32", ptx)
+        stores = re.findall(r"st\.global\S*?\.v2\.b32", ptx)
+        chunks = request.constexprs.get("CHUNKS", 1)
+        assert len(loads) >= chunks, request.name
+        assert len(stores) >= chunks, request.name
+        assert not re.search(r"st\.global\S*\.b8 ", ptx), request.name
+
+
+def test_no_addition_is_fused_with_a_product(compiled):
+    """The reference rounds both. A rotation fuses with the exact product by 1/2 only: once per column and stage."""
+    seen = 0
+    for request, result in compiled:
+        if request.constexprs["PROLOGUE"] != "plain" or "CHUNKS" not in request.constexprs:
+            continue
+        tile = request.constexprs
+        columns = tile["ROWS"] * tile["WIDTH"] * tile["CHUNKS"] // (32 * result.warps)
+        stages = {1: 0, 64: 3, 256: 4}[tile["ORDER"]]
+        ptx = Path(result.cubin).with_suffix(".ptx").read_text(encoding="utf-8")
+        # sm_100 has pairs in one instruction
+        fused = sum(1 + pair.endswith("x2") for pair in re.findall(r"\bfma\.rn\.f32(?:x2)?", ptx))
+        assert fused == columns * stages, (request.name, request.capability)
+        seen += 1
+    assert seen >= 5 * len(CAPABILITIES)

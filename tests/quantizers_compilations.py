@@ -1,0 +1,81 @@
+"""What of the Triton quantizers is compiled ahead of time: their shipped tiles at real widths."""
+
+from itertools import product
+
+from ahead_of_time import CAPABILITIES, Compilation
+from dit_quant.kernels.quantize_rows import LONG_CONSTANTS, plan
+
+MODULE = "dit_quant.kernels.quantize_rows_triton"
+TENSORS = ("x", "up", "weight", "bias", "gamma", "beta", "shift", "smooth", "static_scale", "static_zero")
+POINTERS = (*TENSORS, "index", "fraction", "codes", "scale", "zero")
+FIXED = {"index": "*i64", "fraction": "*fp32", "codes": "*i8", "scale": "*fp32"}
+# tables that the presets store: (shift, smooth)
+TABLES = {"plain": {}, "tables": {"shift": "*fp16", "smooth": "*fp16"}}
+
+
+def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain", dtype="bf16", tables="tables"):
+    """One kernel at one width, with the tile that `launch` would choose."""
+    present = {"x": f"*{dtype}", **FIXED, **TABLES[tables]}
+    if ranges == "asymmetric":
+        present["zero"] = "*fp32"
+    if ranges == "static":
+        present |= {"static_scale": "*fp32"}
+    if prologue == "swiglu":
+        present["up"] = f"*{dtype}"
+    if prologue in ("layer", "rms"):
+        present |= {"gamma": f"*{dtype}", "beta": f"*{dtype}"}
+    itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
+    tile = plan(K, order, len(TABLES[tables]), itemsize, prologue)
+    long = tile is None
+    pointers = [name for name in POINTERS if not (long and name in ("weight", "bias", "gamma", "beta"))]
+    signature = {f"{name}_ptr": f"{present[name]}:16" for name in pointers if name in present}
+    constexprs: dict[str, object] = {f"{name}_ptr": None for name in pointers if name not in present}
+    signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16", "up_stride": "i32:16"}
+    constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order}
+    if tile is None:
+        constexprs |= LONG_CONSTANTS
+    else:
+        signature |= {"tokens": "i32", "gamma_stride": "i32:16", "beta_stride": "i32:16", "eps": "fp32"}
+        constexprs |= tile.constants(K)
+    warps = constexprs.pop("num_warps")
+    return Compilation(
+        name=f"{prologue} {dtype} K{K} H{order} {ranges} {tables}",
+        module=MODULE,
+        kernel="quantize_long_rows" if long else "quantize_rows",
+        signature=signature,
+        constexprs=constexprs,
+        capability=capability,
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+
+
+def compilations(all: bool = False):
+    """(Compilation, expected matrix instructions): a few for every run, or all."""
+    for capability in CAPABILITIES:
+        if all:
+            for K, ranges, tables in product(
+                (64, 1152, 1536, 3072, 3840, 5120, 12288, 13824, 15360, 16384),
+                ("symmetric", "asymmetric", "static"),
+                TABLES,
+            ):
+                order = max(n for n in (1, 64, 256) if K % n == 0)
+                for block, dtype in product((1, order), ("bf16", "fp32")):
+                    yield compilation(K, capability, order=block, ranges=ranges, tables=tables, dtype=dtype), ""
+            for K, prologue in product((1152, 3072, 5120), ("layer", "rms")):
+                yield compilation(K, capability, order=64, prologue=prologue), ""
+            for K, prologue in product((4608, 12288, 13824, 15360, 20480), ("gelu", "gelu_tanh", "swiglu")):
+                yield compilation(K, capability, order=256, prologue=prologue), ""
+                yield compilation(K, capability, prologue=prologue, dtype="fp32", tables="plain"), ""
+        else:
+            yield compilation(1152, capability, order=64), ""
+            yield compilation(3072, capability, order=256), ""
+            yield compilation(3072, capability, order=1, ranges="symmetric", tables="plain"), ""
+            yield compilation(12288, capability, order=256), ""
+            yield compilation(15360, capability, order=256, ranges="static"), ""
+    if not all:
+        yield compilation(15360, 90, order=256, dtype="fp32"), ""
+        yield compilation(20480, 90, order=256), ""
+        yield compilation(3072, 90, order=256, prologue="layer"), ""
+        yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""
+        yield compilation(12288, 90, order=256, prologue="swiglu"), ""
+        yield compilation(12288, 90, prologue="gelu"), ""
