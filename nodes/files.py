@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.checkpoint import VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
+from .host.backends import plan_backends
 from .host.build import build_model, quantized_names
 from .host.detection import detection_metadata
 from .host.paths import output_file
@@ -93,6 +94,7 @@ class LoadQuantizedDiT(io.ComfyNode):
                 )
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -103,4 +105,6 @@ class LoadQuantizedDiT(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        return io.NodeOutput(load_quantized(Path(folder_paths.get_full_path_or_raise("diffusion_models", file))))
+        model = load_quantized(Path(folder_paths.get_full_path_or_raise("diffusion_models", file)))
+        plan_backends(model, cls.hidden.unique_id)
+        return io.NodeOutput(model)

@@ -6,8 +6,11 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..quant_core.backend_report import with_backends
 from ..quant_core.budget import GB
+from ..quant_core.linear import BACKEND_NAMES
 from ..quant_core.schemes import PRESETS
+from .host.backends import plan_backends
 from .host.quantized import quantize
 from .host.weights import select
 from .schema import CalibrationType, schema
@@ -71,13 +74,24 @@ class QuantizeDiT(io.ComfyNode):
                     optional=True,
                     tooltip="Preset 'fit to size': what the saved model may take in all, in GB of 2^30 bytes.",
                 ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKEND_NAMES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Kernels that multiply the layers on this machine. auto: the fastest that can. "
+                    "One that cannot is replaced, and the report says why. Not saved with the model.",
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, preset, group_size, skip_layers, size_gb=8.0, calibration=None) -> io.NodeOutput:
+    def execute(
+        cls, model, preset, group_size, skip_layers, size_gb=8.0, calibration=None, backend="auto"
+    ) -> io.NodeOutput:
         scheme = PRESETS["W8A8"].with_options(name=FIT) if preset == FIT else PRESETS[preset]
         size = int(size_gb * GB) if preset == FIT else None
         if scheme.weights.bits == 4:
@@ -90,6 +104,8 @@ class QuantizeDiT(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
 
-        result, report = quantize(model, scheme, calibration, skip_matching(layers, skip_layers), progress, size)
-        text = report.text()
+        skipped = skip_matching(layers, skip_layers)
+        result, report = quantize(model, scheme, calibration, skipped, progress, size, backend)
+        plans, lines = plan_backends(result, cls.hidden.unique_id, backend)
+        text = with_backends(report, plans, lines).text()
         return io.NodeOutput(result, text, ui=ui.PreviewText(text))

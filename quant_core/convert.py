@@ -236,7 +236,7 @@ def quantize_model(
     )
 
 
-def install(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> TimestepState:
+def install(model: nn.Module, layers: Mapping[str, QuantizedLinear], backend: str = "auto") -> TimestepState:
     """Replaces nn.Linear modules by QuantLinear in place; returns the state that selects their groups."""
     partitions = distinct([layer.groups for layer in layers.values()])
     state = TimestepState(partitions)
@@ -244,5 +244,6 @@ def install(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> Timestep
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         bias = linear.bias.detach() if isinstance(linear.bias, Tensor) else None
-        setattr(model.get_submodule(parent), child, QuantLinear(layer, bias, state, partitions.index(layer.groups)))
+        slot = partitions.index(layer.groups)
+        setattr(model.get_submodule(parent), child, QuantLinear(layer, bias, state, slot, backend))
     return state

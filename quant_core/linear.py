@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import int4_linear, int8_linear, quantize_activation
+from ..kernels.backends import AUTO, BACKENDS
 from ..kernels.numerics import decode_int4, pack_int4, rotate
 from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
 from .reparam import fold_linear
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState
 
+# what a MODEL may ask to be multiplied by
+BACKEND_NAMES = (AUTO, *BACKENDS)
 HALF_MAX = 6.0e4
 # in steps: a searched grid clips by less than this, so more means that the weight left its grid
 OUTGROWN = 2.5
@@ -90,7 +93,9 @@ def half_if_exact(table: Tensor) -> Tensor:
     return half if torch.equal(half.to(table.dtype), table) else table
 
 
-def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tensor, fraction: Tensor) -> Tensor:
+def quant_linear(
+    x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tensor, fraction: Tensor, backend: str = AUTO
+) -> Tensor:
     """x [..., K] -> [..., N] in the dtype of x: y = Q_a((x - z) / s H) Q_wᵀ + b + c, all products in integers."""
     codes, row_scale, row_zero = quantize_activation(
         x.reshape(-1, x.shape[-1]),
@@ -102,6 +107,7 @@ def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tens
         symmetric=w.symmetric,
         static_scale=w.static_scale,
         static_zero=w.static_zero,
+        backend=backend,
     )
     epilogue = {
         "row_scale": row_scale,
@@ -113,6 +119,7 @@ def quant_linear(x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tens
         "index": index,
         "fraction": fraction,
         "dtype": x.dtype,
+        "backend": backend,
     }
     if w.levels is None:
         y = int8_linear(codes, w.qdata, **epilogue)
@@ -199,10 +206,12 @@ def column_sum(codes: Tensor) -> Tensor:
 class QuantLinear(nn.Module):
     """Drop-in for nn.Linear outside the host. `state` and `slot` say where the active group is kept."""
 
-    def __init__(self, weight: QuantizedLinear, bias: Tensor | None, state: TimestepState, slot: int):
+    def __init__(
+        self, weight: QuantizedLinear, bias: Tensor | None, state: TimestepState, slot: int, backend: str = AUTO
+    ):
         super().__init__()
         self.out_features, self.in_features = weight.features
-        self.weight, self.bias, self.state, self.slot = weight, bias, state, slot
+        self.weight, self.bias, self.state, self.slot, self.backend = weight, bias, state, slot, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return quant_linear(x, self.weight, self.bias, *self.state.select(self.slot))
+        return quant_linear(x, self.weight, self.bias, *self.state.select(self.slot), self.backend)

@@ -9,7 +9,7 @@ from .budget import Choice
 @dataclass(frozen=True)
 class LayerReport:
     """One rounded layer. weight_error: relative L2 of the rounded weight; note: any fallback that was taken;
-    format: name of its scheme."""
+    format: name of its scheme; backend: what will multiply it on this machine, where that is known."""
 
     name: str
     features: tuple[int, int]
@@ -21,6 +21,7 @@ class LayerReport:
     weight_error: float
     note: str = ""
     format: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)

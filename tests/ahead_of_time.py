@@ -56,6 +56,7 @@ class Compiled:
     """What came out; `error` is set and the rest zero where nothing did.
 
     matrix: PTX matrix instruction -> count, such as "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32".
+    register_operands: products whose left operand is in registers. permutes: byte permutations in the PTX.
     registers per thread; spills: bytes of stack and local memory per thread; shared: bytes per program.
     """
 
@@ -63,6 +64,7 @@ class Compiled:
     capability: int | str
     matrix: dict[str, int] = field(default_factory=dict)
     register_operands: int = 0
+    permutes: int = 0
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -129,6 +131,7 @@ def compile_one(request: Compilation) -> Compiled:
         capability=request.capability,
         matrix=dict(matrix),
         register_operands=len(REGISTER_OPERAND.findall(ptx)),
+        permutes=len(re.findall(r"\bprmt\.b32\b", ptx)),
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,

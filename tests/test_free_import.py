@@ -55,7 +55,7 @@ def test_importing_the_pack_imports_nothing_heavy_and_configures_nothing():
     [
         ("import safetensors", lambda found: HEAVY & set(found["modules"])),
         ("logging.basicConfig(level=10)", lambda found: not found["logging"]),
-        ("os.environ['TRITON_INTERPRET'] = '1'", lambda found: not found["environment"]),
+        ("os.environ['DIT_QUANT_PLANTED'] = '1'", lambda found: not found["environment"]),
     ],
 )
 def test_planted_effects_are_seen(planted, seen):
@@ -64,13 +64,14 @@ def test_planted_effects_are_seen(planted, seen):
 
 
 def test_the_core_needs_neither_host_nor_triton():
-    """quant_core and kernels in an interpreter where importing comfy or triton fails."""
-    block = "import sys; sys.modules.update(comfy=None, triton=None, nodes=None, folder_paths=None); "
+    """quant_core and kernels in an interpreter where importing comfy, comfy_kitchen or triton fails."""
+    names = ("comfy", "comfy_kitchen", "triton", "nodes", "folder_paths")
+    block = f"import sys; sys.modules.update({', '.join(f'{name}=None' for name in names)}); "
     modules = [
         str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
         for layer in ("kernels", "quant_core")
         for path in (ROOT / layer).rglob("*.py")
-        if path.name not in ("__init__.py", "triton_impl.py")
+        if path.name != "__init__.py" and not path.name.endswith(("triton_impl.py", "_triton.py"))
     ]
     load = "import importlib; " + "; ".join(f"importlib.import_module('a_dashed-name.{name}')" for name in modules)
     assert "torch" in probe(block + load)["modules"]

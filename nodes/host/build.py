@@ -47,10 +47,15 @@ def default_dtype(state: dict[str, Tensor], metadata: dict | None) -> torch.dtyp
 
 
 def build_model(
-    state: dict[str, Tensor], metadata: dict | None, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    state: dict[str, Tensor],
+    metadata: dict | None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """state: the host's key names with our layers among them -> a ModelPatcher that sets its timestep group by itself.
 
+    backend: a wish of this MODEL, see kernels/dispatch.py; it concerns the machine, so it is never saved.
     Raises CannotBuild when the host does not recognise the model.
     """
     names = quantized_names(state)
@@ -62,12 +67,12 @@ def build_model(
     )
     if patcher is None:
         raise CannotBuild("the host does not recognise this model; its ComfyUI may be too old for the family")
-    attach_state(patcher, expected=len(names))
-    patcher.cached_patcher_init = (build_model, (state, metadata, dtype))
+    attach_state(patcher, expected=len(names), backend=backend)
+    patcher.cached_patcher_init = (build_model, (state, metadata, dtype, backend))
     return patcher
 
 
-def attach_state(patcher: ModelPatcher, expected: int) -> None:
+def attach_state(patcher: ModelPatcher, expected: int, backend: str) -> None:
     """Gives every quantized layer its slot in one TimestepState, kept on the BaseModel, and hooks its update."""
     layers = quantized_layers(patcher.model.diffusion_model)
     if len(layers) != expected:
@@ -77,6 +82,7 @@ def attach_state(patcher: ModelPatcher, expected: int) -> None:
     for module in layers.values():
         module.timestep_state = state
         module.timestep_slot = partitions.index(unwrap(module.weight).groups)
+        module.backend = backend
     setattr(patcher.model, STATE, state)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, select_group)
 

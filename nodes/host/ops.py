@@ -25,6 +25,7 @@ def make_operations(dtype: torch.dtype):
 
             timestep_state: TimestepState | None = None
             timestep_slot = 0
+            backend = "auto"
             _warned = False
 
             def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -94,7 +95,8 @@ def make_operations(dtype: torch.dtype):
                 if is_ours(weight):
                     if self.timestep_state is None:
                         raise RuntimeError("a quantized layer was built without its timestep state; reload the model")
-                    y = quant_linear(input, unwrap(weight), bias, *self.timestep_state.select(self.timestep_slot))
+                    group = self.timestep_state.select(self.timestep_slot)
+                    y = quant_linear(input, unwrap(weight), bias, *group, self.backend)
                 else:
                     self._warn_once()
                     y = torch.nn.functional.linear(input, weight.to(input.dtype), bias)

@@ -36,10 +36,12 @@ def quantize(
     skip: dict[str, str],
     progress: Callable[[int, int], None],
     size: int | None = None,
+    backend: str = "auto",
 ) -> tuple[ModelPatcher, QuantReport]:
     """Merges the MODEL's patches, rounds, and rebuilds it. The given MODEL is not touched.
 
     size: bytes that the whole model may take in a file; every layer then gets a format of its own.
+    backend: what multiplies the layers of the result.
 
     Raises CannotQuantize for a model that is quantized already or patched in a way that cannot be carried over.
     """
@@ -63,7 +65,7 @@ def quantize(
     report = report if plan is None else plan.report(report)
     dtype = compute_dtype(patcher)
     state = full_state(rounded, float_state(patcher, set(rounded), dtype))
-    built = build_model(state, detection_metadata(patcher, state), dtype)
+    built = build_model(state, detection_metadata(patcher, state), dtype, backend)
     if wrong := difference(patcher, built):
         raise CannotQuantize(f"the host reads {wrong} off the quantized tensors; skip the layers that hold this shape")
     return carry_over(patcher, built), report

@@ -56,6 +56,27 @@ class Trace:
         return (clone,)
 
 
+class Wishes:
+    """Writes the backends that the layers of a MODEL ask for, without repeats, to a file."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "write"
+    CATEGORY = "tests"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {})}}
+
+    def write(self, model, name):
+        modules = model.model.diffusion_model.modules()
+        wishes = sorted({module.backend for module in modules if getattr(module, "timestep_state", None)})
+        folder = Path(folder_paths.get_output_directory()) / "wishes"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(wishes))
+        return ()
+
+
 class Again:
     """Hands a MODEL on; another `nonce` is another input for the host's cache of outputs."""
 
@@ -110,6 +131,7 @@ class TinyUNet:
 
 NODE_CLASS_MAPPINGS = {
     "DiTQuantTestTrace": Trace,
+    "DiTQuantTestWishes": Wishes,
     "DiTQuantTestAgain": Again,
     "DiTQuantTestRebuild": Rebuild,
     "DiTQuantTestUNet": TinyUNet,

@@ -1,0 +1,145 @@
+"""Opt-in choice of tiles by measurement: DIT_QUANT_AUTOTUNE=1. Without it the tables of tiles.py decide.
+
+A result holds for every M of its bucket, so that a new resolution or prompt length never tunes again, and is kept in a
+JSON file under the user's cache folder; DIT_QUANT_AUTOTUNE_CACHE names another one.
+"""
+
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .tiles import Tile, bucket_of, candidates, tile_for
+
+SWITCH, CACHE = "DIT_QUANT_AUTOTUNE", "DIT_QUANT_AUTOTUNE_CACHE"
+WINDOWS = os.name == "nt"
+VERSION = 1
+WARM_UP, REPEATS = 2, 7
+
+logger = logging.getLogger("dit_quant")
+lock = threading.Lock()
+# key -> Tile, of this process; the file is read when a key is missing here
+chosen: dict[str, Tile] = {}
+
+
+def enabled() -> bool:
+    """Asked at every call: the switch works in a running host."""
+    return os.environ.get(SWITCH) == "1"
+
+
+def cache_file() -> Path:
+    """Where results are kept: $DIT_QUANT_AUTOTUNE_CACHE, else in the platform's cache folder of the user."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    if WINDOWS:
+        folder = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "dit_quant" / "autotune.json"
+
+
+def tuned_tile(
+    op: str,
+    launch: Callable[[Tile], None],
+    device: torch.device,
+    capability: int,
+    M: int,
+    N: int,
+    K: int,
+    flags: tuple,
+    timer: Callable[[Callable[[], None]], float] | None = None,
+) -> Tile:
+    """The fastest tile for this bucket of M: remembered, on disk, or measured now with `timer` (seconds of a call).
+
+    While a CUDA graph is captured nothing can be timed: an unknown key then gets the tabled tile, for that call.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    key = key_of(op, name, capability, M, N, K, flags)
+    if (tile := chosen.get(key)) is not None:
+        return tile
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return tile_for(op, capability, M, N, K)
+    with lock:
+        if (tile := chosen.get(key)) is not None:
+            return tile
+        options = candidates(op, capability, bucket_of(M), N, K)
+        stored = read(cache_file()).get(key)
+        tile = stored if stored in options else fastest(options, launch, timer or device_seconds)
+        chosen[key] = tile
+        if tile != stored:
+            write(cache_file(), key, tile)
+    return tile
+
+
+def key_of(op: str, name: str, capability: int, M: int, N: int, K: int, flags: tuple) -> str:
+    return f"{op} | {name} | {capability} | M<={bucket_of(M)} N={N} K={K} | {' '.join(str(flag) for flag in flags)}"
+
+
+def fastest(options: tuple[Tile, ...], launch: Callable[[Tile], None], timer: Callable) -> Tile:
+    """The option of least time; one that does not fit the card counts as endless."""
+    seconds = {tile: measured(lambda tile=tile: launch(tile), timer) for tile in options}
+    best = min(seconds, key=lambda tile: seconds[tile])
+    if math.isinf(seconds[best]):
+        raise RuntimeError(f"none of the {len(options)} tiles fits this card; unset {SWITCH}")
+    return best
+
+
+def measured(call: Callable[[], None], timer: Callable) -> float:
+    try:
+        return timer(call)
+    except Exception as error:
+        # Triton's own class, which cannot be imported here
+        if type(error).__name__ != "OutOfResources":
+            raise
+        return math.inf
+
+
+def device_seconds(call: Callable[[], None]) -> float:
+    """Median seconds of a call on the current CUDA device, after compilation."""
+    for _ in range(WARM_UP):
+        call()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    for start, end in marks:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
+
+
+def read(path: Path) -> dict[str, Tile]:
+    """Stored results; none, with a warning, where the file is not one of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            return {}
+        return {key: Tile(**fields) for key, fields in content["tiles"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("autotune cache %s is not readable (%s) and will be written anew", path, error)
+        return {}
+
+
+def write(path: Path, key: str, tile: Tile) -> None:
+    """Adds one result to what the file holds by now. Atomic: a reader sees the old file or the new one."""
+    tiles = {name: asdict(kept) for name, kept in sorted({**read(path), key: tile}.items())}
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            json.dump({"version": VERSION, "tiles": tiles}, file, indent=1)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("autotune result not kept: %s", error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,323 @@
+"""4-bit weights decoded to int8 in registers inside the main loop, then the int8 product on tensor cores."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..int8_linear.triton_impl import (
+    epilogue_operands,
+    groups_of,
+    launch_options,
+    row_stride,
+    run,
+    store_tile,
+    tile_position,
+)
+from ..int8_linear.triton_impl import refusal as int8_refusal
+from ..tiles import Tile, family_of
+from ..triton_device import capability_of
+
+GROUP_SIZES = (16, 32, 64, 128)
+# Hopper reads its left operand from registers, data-centre Blackwell from tensor memory: the decoded weight goes there
+TRANSPOSED_FAMILIES = (90, 100)
+
+
+@triton.jit
+def consecutive_bytes(words, PERMUTE: tl.constexpr):
+    """words of 8 nibbles -> (nibbles 0 to 3, nibbles 4 to 7), one per byte, lowest first.
+
+    PERMUTE: the byte permutation of NVIDIA cards, which Triton does not find by itself; 5 instructions instead of 9.
+    """
+    if PERMUTE:
+        even, odd = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+        first = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+        )
+        second = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7362;", "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        first, second = words & 0xFFFF, (words >> 16) & 0xFFFF
+        first, second = (first | (first << 8)) & 0x00FF00FF, (second | (second << 8)) & 0x00FF00FF
+        first, second = (first | (first << 4)) & 0x0F0F0F0F, (second | (second << 4)) & 0x0F0F0F0F
+    return first, second
+
+
+@triton.jit
+def looked_up(words, table_ptr, PERMUTE: tl.constexpr):
+    """words of 8 nibbles -> (4, 4) bytes table[nibble] + 128, as `consecutive_bytes` without a table."""
+    if PERMUTE:
+        # entries 0 to 7 and 8 to 15 by the low three bits of each nibble, then one of both by the high bit
+        low0, low1 = tl.load(table_ptr) ^ -0x7F7F7F80, tl.load(table_ptr + 1) ^ -0x7F7F7F80
+        high0, high1 = tl.load(table_ptr + 2) ^ -0x7F7F7F80, tl.load(table_ptr + 3) ^ -0x7F7F7F80
+        first, second = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 three, which, low, high;
+            and.b32 three, $2, 0x77777777;
+            shr.u32 which, $2, 1;
+            and.b32 which, which, 0x44444444;
+            or.b32 which, which, 0x32103210;
+            prmt.b32 low, $3, $4, three;
+            prmt.b32 high, $5, $6, three;
+            prmt.b32 $0, low, high, which;
+            shr.u32 three, three, 16;
+            shr.u32 which, which, 16;
+            prmt.b32 low, $3, $4, three;
+            prmt.b32 high, $5, $6, three;
+            prmt.b32 $1, low, high, which;
+            }""",
+            "=&r,=&r,r,r,r,r,r",
+            [words, low0, low1, high0, high1],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        first, second = consecutive_bytes(words, False)
+        bytes_ptr = table_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+        first, second = entries(first, bytes_ptr), entries(second, bytes_ptr)
+    return first, second
+
+
+@triton.jit
+def entries(codes, table_ptr):
+    """4 codes per word -> 4 bytes table[code] + 128 per word."""
+    found = codes * 0
+    for byte in tl.static_range(4):
+        entry = tl.load(table_ptr + ((codes >> (8 * byte)) & 0xF)).to(tl.int32) + 128
+        found = found | (entry << (8 * byte))
+    return found
+
+
+@triton.jit
+def int8_of(first, second, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, THROUGH_SHARED: tl.constexpr):
+    """Words of 4 int8 [BLOCK_N, BLOCK_K / 8] twice -> [BLOCK_N, BLOCK_K] int8. Compiles to nothing.
+
+    THROUGH_SHARED: with a permutation over which Triton does not move the operand's layout conversion, so that each
+    weight is decoded by one thread and passed on through shared memory, not decoded by every warp that needs it.
+    """
+    words = tl.join(first, second)
+    if THROUGH_SHARED:
+        low = tl.join(words.to(tl.int8), (words >> 8).to(tl.int8))
+        high = tl.join((words >> 16).to(tl.int8), (words >> 24).to(tl.int8))
+        codes = tl.join(low, high).permute(0, 1, 2, 4, 3)
+    else:
+        halves = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+        codes = tl.join(halves.to(tl.int8), (halves >> 8).to(tl.int8))
+    return codes.reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit
+def decode_tile(
+    words,
+    levels,
+    table_ptr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    THROUGH_SHARED: tl.constexpr,
+):
+    """words [BLOCK_N, BLOCK_K / 8] int32, levels [BLOCK_N, L] uint8 -> int8 codes [BLOCK_N, BLOCK_K].
+
+    (code - zero) multiplier + 128 lies in 0 to 255 for every code that an encoder writes, so four of them are one
+    multiplication and one addition of 32-bit words, with no carry between bytes in the sum; then - 128 is a flip of
+    each sign bit. With a table, table[code] + 128 takes the place of the code and 128 that of the zero.
+    """
+    LEVELS: tl.constexpr = levels.shape[1]
+    REPEAT: tl.constexpr = BLOCK_K // 8 // LEVELS
+    levels = levels.to(tl.int32)
+    multiplier = levels >> 4
+    if table_ptr is None:
+        first, second = consecutive_bytes(words, PERMUTE)
+        offset = (128 - (levels & 0xF) * multiplier) * 0x01010101
+    else:
+        first, second = looked_up(words, table_ptr, PERMUTE)
+        offset = (128 - 128 * multiplier) * 0x01010101
+    multiplier = tl.broadcast_to(multiplier[:, :, None], (BLOCK_N, LEVELS, REPEAT)).reshape(BLOCK_N, BLOCK_K // 8)
+    offset = tl.broadcast_to(offset[:, :, None], (BLOCK_N, LEVELS, REPEAT)).reshape(BLOCK_N, BLOCK_K // 8)
+    first, second = first * multiplier + offset, second * multiplier + offset
+    return int8_of(first ^ -0x7F7F7F80, second ^ -0x7F7F7F80, BLOCK_N, BLOCK_K, THROUGH_SHARED)
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def int4_linear_kernel(
+    a_ptr,
+    w_ptr,
+    levels_ptr,
+    table_ptr,
+    y_ptr,
+    row_scale_ptr,
+    row_zero_ptr,
+    column_scale_ptr,
+    column_sum_ptr,
+    bias_ptr,
+    correction_ptr,
+    index_ptr,
+    fraction_ptr,
+    M,
+    N,
+    K,
+    T,
+    stride_row_scale,
+    stride_row_zero,
+    GROUP: tl.constexpr,
+    LEVEL_ALIGNMENT: tl.constexpr,
+    INTERPOLATE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DOTS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One tile of y [M, N] = epilogue(a [M, K] decoded(w)ᵀ), w [N, K / 8] int32 words of 8 codes.
+
+    TRANSPOSED: the product is w aᵀ, see TRANSPOSED_FAMILIES.
+    """
+    tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    LEVELS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_word = tl.arange(0, BLOCK_K // 8)
+    # rows past the end are read from the last row and never stored: no mask in the loop
+    rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+    rows_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    stride_w = K // 8
+    stride_levels = tl.multiple_of(K // GROUP, LEVEL_ALIGNMENT)
+    a_ptr += first_m.to(tl.int64) * K
+    w_ptr += first_n.to(tl.int64) * stride_w
+    levels_ptr += tl.multiple_of(first_n.to(tl.int64) * stride_levels, LEVEL_ALIGNMENT)
+    offs_a = rows_a[:, None] * K + offs_k[None, :]
+    offs_w = rows_w[:, None] * stride_w + offs_word[None, :]
+    offs_levels = rows_w[:, None] * stride_levels + tl.arange(0, LEVELS)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, K, BLOCK_K * DOTS):
+        for dot in tl.static_range(DOTS):
+            k = start + dot * BLOCK_K
+            if EVEN_K:
+                a, words = tl.load(a_ptr + offs_a), tl.load(w_ptr + offs_w)
+                levels = tl.load(levels_ptr + k // GROUP + offs_levels)
+            else:
+                a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < K - k, other=0)
+                words = tl.load(w_ptr + offs_w, mask=offs_word[None, :] < (K - k) // 8, other=0)
+                inside = tl.arange(0, LEVELS)[None, :] < stride_levels - k // GROUP
+                levels = tl.load(levels_ptr + k // GROUP + offs_levels, mask=inside, other=0)
+            w = decode_tile(words, levels, table_ptr, BLOCK_N, BLOCK_K, PERMUTE, not TRANSPOSED)
+            left, right = (w, a.T) if TRANSPOSED else (a, w.T)
+            acc = tl.dot(left, right, acc, out_dtype=tl.int32)
+            a_ptr += BLOCK_K
+            w_ptr += BLOCK_K // 8
+    store_tile(
+        acc.T if TRANSPOSED else acc,
+        y_ptr,
+        row_scale_ptr,
+        row_zero_ptr,
+        column_scale_ptr,
+        column_sum_ptr,
+        bias_ptr,
+        correction_ptr,
+        index_ptr,
+        fraction_ptr,
+        M,
+        N,
+        T,
+        stride_row_scale,
+        stride_row_zero,
+        first_m,
+        first_n,
+        INTERPOLATE,
+        BLOCK_M,
+        BLOCK_N,
+        PARTS,
+    )
+
+
+def refusal(
+    device: torch.device,
+    *,
+    K: int,
+    N: int | None = None,
+    group_size: int | None = None,
+    hadamard: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """None if int4_linear can run here, else why not."""
+    if group_size not in GROUP_SIZES:
+        return f"group size {group_size} is not 16, 32, 64 or 128"
+    if K % group_size:
+        return f"K = {K} is not divisible by the group size {group_size}"
+    return int8_refusal(device, K=K, N=N, dtype=dtype)
+
+
+def int4_linear(
+    a: Tensor,
+    packed: Tensor,
+    *,
+    levels: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    table: Tensor | None = None,
+    row_zero: Tensor | None = None,
+    column_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    correction: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """a [M, K] int8, packed [N, K / 2] uint8, levels [N, G] uint8 -> [M, N] dtype; see reference.py.
+
+    Bit for bit the same wherever the decoded codes lie within int8, as every encoder makes them.
+    """
+    a = a.contiguous()
+    (M, K), (N, G) = a.shape, levels.shape
+    group = K // G
+    if packed.shape != (N, K // 2) or group not in GROUP_SIZES or group * G != K:
+        raise ValueError(
+            f"codes {tuple(packed.shape)} and levels {tuple(levels.shape)} are no [{N}, {K // 2}] and "
+            f"[{N}, {K} / 16, 32, 64 or 128]"
+        )
+    words, levels = aligned(packed).view(torch.int32), aligned(levels)
+    lookup = None if table is None else aligned(table).view(torch.int32)
+    y = torch.empty((M, N), dtype=dtype, device=a.device)
+    operands = epilogue_operands(row_scale, column_scale, row_zero, column_sum, bias, correction, index, fraction)
+    strides = row_stride(row_scale), row_stride(row_zero)
+    capability = capability_of(a.device)
+    transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
+
+    def launch(tile: Tile) -> None:
+        int4_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+            a,
+            words,
+            levels,
+            lookup,
+            y,
+            *operands,
+            M,
+            N,
+            K,
+            groups_of(correction),
+            *strides,
+            GROUP=group,
+            LEVEL_ALIGNMENT=math.gcd(G, 16),
+            TRANSPOSED=transposed,
+            PERMUTE=permute,
+            **launch_options(tile, K, correction),
+        )
+
+    if y.numel():
+        flags = (dtype, group, table is not None, row_zero is not None, bias is not None, correction is not None)
+        run("int4_linear", launch, a.device, M, N, K, flags)
+    return y
+
+
+def aligned(bytes_: Tensor) -> Tensor:
+    """Contiguous and at an address that 32-bit words can be read from: a view into a file's buffer may not be."""
+    bytes_ = bytes_.contiguous()
+    return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()

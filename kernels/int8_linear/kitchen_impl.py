@@ -1,0 +1,60 @@
+"""int8 product by comfy-kitchen's CUDA kernels: CUTLASS on sm_80 and newer, its own tiles or cuBLAS on Turing."""
+
+import torch
+from torch import Tensor
+
+from ..kitchen import codes_product, device_refusal
+from ..numerics import lerp_rows
+
+# CUTLASS loads 16 codes at a time, and stores 16 bytes
+K_MULTIPLE = 16
+N_MULTIPLE = 8
+
+
+def refusal(
+    device: torch.device,
+    *,
+    K: int,
+    N: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    symmetric: bool = True,
+) -> str | None:
+    reason = device_refusal(device)
+    if reason is not None:
+        return reason
+    if not symmetric:
+        return "its epilogue has no zero point"
+    if K % K_MULTIPLE:
+        return f"K={K} is not a multiple of {K_MULTIPLE}"
+    if N is not None and N % N_MULTIPLE:
+        return f"N={N} is not a multiple of {N_MULTIPLE}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no {dtype} output"
+    return None
+
+
+def int8_linear(
+    a: Tensor,
+    w: Tensor,
+    *,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    row_zero: Tensor | None = None,
+    column_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    correction: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """As the reference. Its own bias is in the output's type and may be fused into the last product, so bias and
+    c(sigma) are added here, in fp32 and in the reference's order."""
+    if row_zero is not None:
+        raise ValueError("comfy-kitchen's epilogue has no zero point")
+    plain = bias is None and correction is None
+    y = codes_product()(a, w, row_scale, column_scale, None, dtype if plain else torch.float32)
+    if bias is not None:
+        y += bias.float()
+    if correction is not None:
+        y += lerp_rows(correction, index, fraction)
+    return y.to(dtype)

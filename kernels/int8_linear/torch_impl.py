@@ -1,0 +1,132 @@
+"""int8 x int8 product in torch ops: torch._int_mm where it is exact, and an epilogue in place, by blocks of rows."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..numerics import lerp_rows
+from .reference import int8_matmul
+
+# entries of an accumulator block. CPU: still in the last cache at the epilogue; else: bounds int32 and fp32 copies
+CPU_BLOCK = 2**21
+DEVICE_BLOCK = 2**26
+# fewer rows at a time would not pay for reading the weight once more
+LEAST_ROWS = 256
+# any sum of this many products of codes is an exact fp32 integer: 1024 * 127**2 < 2**24
+EXACT_COLUMNS = 1024
+
+
+def refusal(device: torch.device) -> str | None:
+    """Runs wherever torch does."""
+    return None
+
+
+@torch.no_grad()
+def int8_linear(
+    a: Tensor,
+    w: Tensor,
+    *,
+    row_scale: Tensor,
+    column_scale: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    row_zero: Tensor | None = None,
+    column_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    correction: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """As the reference; but bias and correction are added up first, and sums may be fused with their product."""
+    y = torch.empty(len(a), len(w), dtype=dtype, device=a.device)
+    epilogue = Epilogue.of(row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction)
+    multiply(a, w, epilogue, y)
+    return y
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """row_scale, row_zero [M, 1]; column_scale, negative_sum (of the codes), addend (b + c) [N]; all fp32."""
+
+    row_scale: Tensor
+    column_scale: Tensor
+    row_zero: Tensor | None
+    negative_sum: Tensor | None
+    addend: Tensor | None
+
+    @classmethod
+    def of(cls, row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction) -> "Epilogue":
+        if row_zero is None:
+            column_sum = None
+        elif column_sum is None:
+            raise ValueError("an asymmetric activation needs the weight's column sums")
+        addend = None if bias is None else bias.float()
+        if correction is not None:
+            c = lerp_rows(correction, index, fraction)
+            addend = c if addend is None else addend + c
+        negative_sum = None if column_sum is None else column_sum.float().neg_()
+        return cls(row_scale, column_scale.reshape(-1), row_zero, negative_sum, addend)
+
+    def columns(self, part: slice) -> "Epilogue":
+        """The same for some of the output columns."""
+        negative_sum, addend = (None if v is None else v[part] for v in (self.negative_sum, self.addend))
+        return Epilogue(self.row_scale, self.column_scale[part], self.row_zero, negative_sum, addend)
+
+    def apply(self, accumulator: Tensor, rows: slice, out: Tensor) -> None:
+        """accumulator [m, N] int32, contiguous, is overwritten; out [m, N], which may be the same memory."""
+        y = accumulator.view(torch.float32)
+        y.copy_(accumulator)
+        if self.row_zero is not None and self.negative_sum is not None:
+            y.addcmul_(self.row_zero[rows], self.negative_sum)
+        y.mul_(self.row_scale[rows])
+        last = out if out.dtype is torch.float32 else y
+        if self.addend is None:
+            torch.mul(y, self.column_scale, out=last)
+        else:
+            torch.addcmul(self.addend, y, self.column_scale, out=last)
+        if last is not out:
+            out.copy_(last)
+
+
+def multiply(a: Tensor, w: Tensor, epilogue: Epilogue, y: Tensor) -> None:
+    """a [M, K], w [N, K] int8 -> y [M, N], by blocks of rows. On CPU an fp32 y holds the accumulators too."""
+    (M, N), on_cpu = y.shape, y.device.type == "cpu"
+    block = max(LEAST_ROWS, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(N, 1))
+    in_place = y.dtype is torch.float32 and y.is_contiguous()
+    direct = int_mm_is_exact(y.device)
+    buffer = None
+    if on_cpu and direct and not in_place:
+        buffer = torch.empty(min(block, M), N, dtype=torch.int32, device=y.device)
+    for start in range(0, M, block):
+        rows = slice(start, start + block)
+        if not on_cpu or not direct:
+            accumulator = int8_matmul(a[rows], w) if direct else float_product(a[rows], w)
+        else:
+            out = y[rows].view(torch.int32) if buffer is None else buffer[: len(y[rows])]
+            accumulator = torch._int_mm(a[rows], w.t(), out=out)  # pyright: ignore[reportPrivateImportUsage]
+        epilogue.apply(accumulator, rows, y[rows])
+
+
+@lru_cache(maxsize=16)
+def int_mm_is_exact(device: torch.device) -> bool:
+    """Whether torch._int_mm can be had and adds without saturation.
+
+    On x86 CPUs without VNNI, oneDNN adds pairs of products in 16 bits, which 127 * 127 overflows: tried once.
+    CUDA: cards before compute capability 7.5 have no int8 matrix product.
+    """
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+    if device.type != "cpu":
+        return False
+    ones = torch.ones(64, 64, dtype=torch.int8)
+    return bool((torch._int_mm(127 * ones, 127 * ones) == 64 * 127**2).all())  # pyright: ignore[reportPrivateImportUsage]
+
+
+def float_product(a: Tensor, w: Tensor) -> Tensor:
+    """a [M, K], w [N, K] int8 -> [M, N] int32, through exact fp32 products; codes fit TF32 and bf16 as well."""
+    total = torch.zeros(len(a), len(w), dtype=torch.int32, device=a.device)
+    for part in range(0, a.shape[1], EXACT_COLUMNS):
+        columns = slice(part, part + EXACT_COLUMNS)
+        total += torch.mm(a[:, columns].float(), w[:, columns].float().t()).to(torch.int32)
+    return total

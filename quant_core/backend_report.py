@@ -1,0 +1,162 @@
+"""Which backends a quantized model will use on a device, why not others, and whether that is worth having."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.backends import Shape
+from ..kernels.dispatch import Choice, plan
+from .linear import QuantizedLinear, quant_linear
+from .report import QuantReport
+from .timesteps import TimestepState
+
+# tokens of a picture of 1024 x 1024: what a choice is planned for
+TOKENS = 4096
+CPU_TOKENS = 256
+# seconds that each side of a comparison may take; one run is made in any case
+BUDGET = 0.15
+REPEATS = 7
+# a factor below this is noise of the measurement
+SLOWER = 1.05
+# on a GPU these are what is left when every fast kernel refused
+FALLBACKS = ("torch", "reference")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The backends of one layer."""
+
+    quantizer: Choice
+    product: Choice
+
+    def __str__(self) -> str:
+        first, second = self.quantizer.backend, self.product.backend
+        return second if first == second else f"{second}, quantizer {first}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest layer against the linear it replaces: seconds of the one / seconds of the other."""
+
+    name: str
+    tokens: int
+    factor: float
+    plan: LayerPlan
+    dtype: torch.dtype
+
+    @property
+    def is_slower(self) -> bool:
+        return self.factor > SLOWER
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        warning = "warning: slower than full precision: " if self.is_slower else ""
+        return (
+            f"{warning}{self.name} takes {self.factor:.2f} times as long on backend {self.plan} as in {dtype} "
+            f"({self.tokens} tokens, measured)"
+        )
+
+
+def plan_layer(
+    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, backend: str = "auto", tokens: int = TOKENS
+) -> LayerPlan:
+    """The backends of a layer whose input and output are of `dtype`. The same shapes as `quant_linear` asks for."""
+    N, K = layer.features
+    static = layer.static_scale is not None
+    symmetric = layer.static_zero is None if static else layer.symmetric
+    quantizer = Shape("quantize_activation", device, dtype, tokens, K, None, None, layer.hadamard, symmetric, static)
+    op, group_size = ("int8_linear", None) if layer.levels is None else ("int4_linear", layer.group_size)
+    product = Shape(op, device, dtype, tokens, K, N, group_size, 1, symmetric)
+    return LayerPlan(plan(quantizer, backend), plan(product, backend))
+
+
+def plan_layers(
+    layers: Mapping[str, QuantizedLinear], device: torch.device, dtype: torch.dtype, backend: str = "auto"
+) -> dict[str, LayerPlan]:
+    return {name: plan_layer(layer, device, dtype, backend) for name, layer in layers.items()}
+
+
+def describe(plans: Mapping[str, LayerPlan], device: torch.device) -> list[str]:
+    """One line for every (op, backend, refusals), with the number of layers."""
+    groups: dict[Choice, int] = {}
+    for layer in plans.values():
+        for choice in (layer.quantizer, layer.product):
+            groups[choice] = groups.get(choice, 0) + 1
+    lines = []
+    for choice, count in sorted(groups.items(), key=lambda item: (item[0].op, -item[1])):
+        refused = "".join(f"; {name}: {reason}" for name, reason in choice.refusals)
+        layers = f"{count} layer{'s' if count != 1 else ''}"
+        lines.append(f"{choice.op} on {device}: {choice.backend}, {layers}{refused}")
+    return lines
+
+
+def with_backends(report: QuantReport, plans: Mapping[str, LayerPlan], lines: list[str]) -> QuantReport:
+    """The report with the planned backend of every layer, and `lines` among its notes."""
+    layers = tuple(replace(layer, backend=str(plans[layer.name])) for layer in report.layers)
+    return replace(report, layers=layers, notes=(*report.notes, *lines))
+
+
+def compare_largest(
+    layers: Mapping[str, QuantizedLinear],
+    plans: Mapping[str, LayerPlan],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Comparison | None:
+    """Times the largest layer against F.linear in `dtype`, on a CPU always, elsewhere where a fallback was chosen.
+
+    Under a second. None where there is nothing to doubt, no memory to measure, or no such product on the device.
+    """
+    doubtful = {
+        name: layer
+        for name, layer in layers.items()
+        if device.type == "cpu" or {plans[name].quantizer.backend, plans[name].product.backend} & {*FALLBACKS}
+    }
+    if not doubtful:
+        return None
+    name = max(doubtful, key=lambda n: (doubtful[n].features[0] * doubtful[n].features[1], n))
+    tokens = CPU_TOKENS if device.type == "cpu" else TOKENS
+    try:
+        factor = _factor(doubtful[name], device, dtype, tokens, backend)
+    except (torch.OutOfMemoryError, NotImplementedError):
+        return None
+    return Comparison(name, tokens, factor, plans[name], dtype)
+
+
+def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, tokens: int, backend: str) -> float:
+    """Seconds of the quantized layer / seconds of F.linear."""
+    N, K = layer.features
+    x = torch.randn(tokens, K, device=device, dtype=dtype)
+    bias = torch.zeros(N, device=device, dtype=dtype)
+
+    def full_precision() -> float:
+        # its weight is gone when the other is measured
+        weight = torch.ones(N, K, device=device, dtype=dtype)
+        return _seconds(lambda: nn.functional.linear(x, weight, bias), device)
+
+    full = full_precision()
+    moved = layer.map(lambda tensor: tensor.to(device))
+    state = TimestepState([layer.groups])
+    state.to(device)
+    return _seconds(lambda: quant_linear(x, moved, bias, *state.select(0), backend), device) / full
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Median of a few runs after one that warms up; only that one where a run is long."""
+    times: list[float] = []
+    while len(times) <= REPEATS and (not times or sum(times) < BUDGET):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    later = sorted(times[1:]) or times
+    return later[len(later) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,145 @@
+"""benchmarks/kernels.py: what it writes, and that it does not time what is wrong."""
+
+import json
+
+import pytest
+import torch
+from benchmark_scripts import load
+from dit_quant.kernels import backends, dispatch
+from dit_quant.kernels.int8_linear import torch_impl as int8_impl
+from dit_quant.kernels.quantize_activation import torch_impl as quantizer_impl
+
+kernels, checks, layers, shapes, timing = (
+    load(name) for name in ("kernels", "kernel_checks", "kernel_layers", "kernel_shapes", "kernel_timing")
+)
+CPU = torch.device("cpu")
+TINY = shapes.Layer("PixArt", "attention projection", 64, 96)
+PRESETS = {"W8A8", "W8A8 fast", "W8A8 static", "W4A8"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One layer of 64 x 96 at 20 tokens; nothing is measured about the machine."""
+    monkeypatch.setattr(kernels, "cases", lambda *given: [(TINY, 20)])
+    monkeypatch.setattr(kernels, "measure_roofline", lambda *given: timing.Roofline(1e10, 1e12, 5e11))
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """Puts another function in the place of an implementation, for the dispatcher as well."""
+
+    def put(module, name, function):
+        monkeypatch.setattr(module, name, function)
+        backends.load.cache_clear()
+        dispatch.reset()
+
+    yield put
+    monkeypatch.undo()
+    backends.load.cache_clear()
+    dispatch.reset()
+
+
+def written(folder, *options):
+    status = kernels.main(["--device", "cpu", "--quick", "--out", str(folder / "k.json"), *options])
+    return status, json.loads((folder / "k.json").read_text())
+
+
+def test_writes_times_ratios_and_shares(tiny, tmp_path, capsys):
+    status, result = written(tmp_path)
+    assert status == 0
+    assert result["failed"] == {}
+    assert {f"{op}, torch" for op in checks.OPS} == set(result["passed"])
+    assert result["machine"]["device"] == "cpu"
+    assert {"torch", "triton"} <= set(result["versions"])
+    assert result["roofline"] == {"copy_gb_per_s": 10.0, "int8_tops": 1.0, "bf16_tflops": 0.5}
+    assert [row["dtype"] for row in result["rows"]] == ["float32", "bfloat16"]
+    for row in result["rows"]:
+        assert (row["M"], row["K"], row["N"]) == (20, 64, 96)
+        timed = row["timed"]
+        assert {*PRESETS, kernels.BF16, kernels.FP32} < set(timed)
+        assert {f"{op} of W4A8, torch" for op in ("quantize_activation", "int4_linear")} < set(timed)
+        for name, entry in timed.items():
+            middle, low, high = entry["ms"]
+            assert 0 < low <= middle <= high
+            if name in PRESETS:
+                assert entry["backends"] == ["torch"]
+                assert 0 < entry["error"] < 0.15
+                assert entry["roofline"] > 0
+                assert len(entry["times_bf16"]) == len(entry["times_fp32"]) == 3
+        # 64 columns are no whole rotation of 256
+        assert "native int8 + ConvRot" in row["absent"]
+    assert "| PixArt attention projection | 20 | 64 | 96 | float32 |" in capsys.readouterr().out
+
+
+def test_an_op_that_is_wrong_is_not_timed(tiny, tmp_path, replace, capsys):
+    right = int8_impl.int8_linear
+    replace(int8_impl, "int8_linear", lambda *given, **options: right(*given, **options) * 1.001)
+    status, result = written(tmp_path)
+    assert status == 1
+    assert set(result["failed"]) == {"int8_linear, torch"}
+    for row in result["rows"]:
+        assert set(row["timed"]) & PRESETS == {"W4A8"}
+        assert "failed its check" in row["absent"]["W8A8"]
+        assert not any(name.startswith("int8_linear") for name in row["timed"])
+    assert "FAILED, not timed: int8_linear, torch" in capsys.readouterr().out
+
+
+def test_a_quantizer_that_is_wrong_stops_every_layer(tiny, tmp_path, replace):
+    right = quantizer_impl.quantize_activation
+
+    def off_by_one(x, **options):
+        codes, scale, zero = right(x, **options)
+        return codes.clamp(max=126) + 1, scale, zero
+
+    replace(quantizer_impl, "quantize_activation", off_by_one)
+    status, result = written(tmp_path)
+    assert status == 1
+    assert not set(result["rows"][0]["timed"]) & PRESETS
+
+
+def test_an_op_that_raises_is_a_failure(replace):
+    def broken(*given, **options):
+        raise RuntimeError("no such instruction")
+
+    replace(int8_impl, "int8_linear", broken)
+    found = checks.check_all(CPU, (torch.float32,))
+    assert "no such instruction" in found.failed["int8_linear, torch"]
+    assert not found.allows("int8_linear", "torch")
+    assert found.allows("int4_linear", "torch")
+
+
+def test_a_rival_of_another_function_has_no_time(tiny, tmp_path, monkeypatch):
+    wrong = layers.Contender(lambda: torch.zeros(20, 96), largest_error=0.05)
+    monkeypatch.setattr(layers, "rival", lambda problem, name: wrong)
+    _, result = written(tmp_path)
+    assert "its output is 1 from the layer's" in result["rows"][0]["absent"]["native int8"]
+
+
+def test_turns_begin_with_another_and_the_slow_sit_out(monkeypatch):
+    order, taken = [], {"a": 1.0, "b": 0.1}
+    clock = timing.Clock(CPU)
+    monkeypatch.setattr(clock, "time", lambda run: run())
+    calls = {name: (lambda name=name: order.append(name) or taken[name]) for name in taken}
+    found = timing.race(clock, calls, rounds=5, budget=2.5)
+    assert order[4:8] == ["a", "b", "b", "a"]
+    assert [s == s for s in found["a"]] == [True, True, True, False, False]
+    assert timing.quartiles(found["a"]) == [1.0, 1.0, 1.0]
+    assert timing.ratio(found["b"], found["a"]) == pytest.approx([0.1, 0.1, 0.1])
+
+
+def test_cases_are_the_models_of_the_device():
+    on_cpu, on_cuda = ({layer.model for layer, _ in shapes.cases(d, False)} for d in ("cpu", "cuda"))
+    assert on_cpu == {"PixArt", "SD3.5-M"}
+    assert on_cuda == {"PixArt", "SD3.5-M", "FLUX double", "FLUX single", "Wan 14B", "Z-Image"}
+    assert all(M >= 1024 and min(layer.K, layer.N) >= 1152 for layer, M in shapes.cases("cpu", False))
+    assert [len(shapes.cases(d, True)) for d in ("cpu", "cuda")] == [1, 1]
+    assert {layer.model for layer, _ in shapes.cases("cuda", False, "flux")} == {"FLUX double", "FLUX single"}
+
+
+def test_no_cuda_and_no_model_are_said_plainly(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.main(["--device", "cuda", "--out", str(tmp_path / "k.json")]) == 2
+    assert kernels.main(["--device", "cpu", "--models", "flux", "--out", str(tmp_path / "k.json")]) == 2
+    errors = capsys.readouterr().err
+    assert "no CUDA device" in errors
+    assert "'flux'" in errors

@@ -1,0 +1,87 @@
+"""Every shipped tile of the two linears compiled for every target: integer matrix instructions, no spills, it fits."""
+
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ahead_of_time import CAPABILITIES, Compiled, compile_all, nvidia_tool
+from dit_quant.kernels.tiles import RAGGED, TILES, family_of
+from linear_compilations import compilations, int4_compilation, int8_compilation
+
+if shutil.which(nvidia_tool("cuobjdump")) is None:
+    pytest.skip("this build of Triton has no compiler for NVIDIA cards", allow_module_level=True)
+
+REQUESTS = compilations()
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Compiled]:
+    """In Triton's own cache, so that only a changed kernel is compiled again."""
+    return compile_all([request for request, _ in REQUESTS])
+
+
+def test_nothing_shipped_is_left_out():
+    for op in ("int8_linear", "int4_linear"):
+        for capability in CAPABILITIES:
+            listed = [r for r, _ in REQUESTS if r.capability == capability and r.kernel == f"{op}_kernel"]
+            blocks = {(r.constexprs["BLOCK_M"], r.constexprs["BLOCK_N"], r.constexprs["BLOCK_K"]) for r in listed}
+            shipped = {(t.block_m, t.block_n, t.block_k) for t in TILES[op, family_of(capability)]}
+            assert shipped <= blocks
+
+
+@pytest.mark.parametrize("position", range(len(REQUESTS)), ids=[f"{r.name} sm{r.capability}" for r, _ in REQUESTS])
+def test_compiles_to_integer_products_within_the_cards_limits(position, results):
+    (request, expected), result = REQUESTS[position], results[position]
+    assert result.name == request.name
+    assert result.faults(expected) == []
+
+
+def instructions(results, op, capability):
+    """Matrix instructions of all tiles of one target that have at least 64 rows and columns."""
+    return [
+        name
+        for (request, _), result in zip(REQUESTS, results, strict=True)
+        if request.kernel == f"{op}_kernel" and request.capability == capability
+        if min(request.constexprs["BLOCK_M"], request.constexprs["BLOCK_N"]) >= 64
+        for name in result.matrix
+    ]
+
+
+@pytest.mark.parametrize("op", ["int8_linear", "int4_linear"])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (80, r"mma\.sync.*m16n8k32.*s32\.s8\.s8\.s32"),
+        (86, r"mma\.sync.*m16n8k32.*s32\.s8\.s8\.s32"),
+        (89, r"mma\.sync.*m16n8k32.*s32\.s8\.s8\.s32"),
+        (90, r"wgmma\.mma_async.*s32\.s8\.s8"),
+        (100, r"tcgen05\.mma.*kind::i8"),
+        (120, r"mma\.sync.*m16n8k32.*s32\.s8\.s8\.s32"),
+    ],
+)
+def test_each_target_uses_its_widest_integer_instruction(op, capability, expected, results):
+    found = instructions(results, op, capability)
+    assert found
+    assert all(re.match(expected, name) for name in found)
+
+
+def test_hopper_reads_the_decoded_weight_from_registers(results):
+    for (request, _), result in zip(REQUESTS, results, strict=True):
+        if request.capability == 90:
+            wanted = sum(result.matrix.values()) if request.kernel == "int4_linear_kernel" else 0
+            assert result.register_operands == wanted
+
+
+def test_faults_are_seen():
+    """Negative control: a tile whose sums cannot stay in registers, and one that no card's shared memory holds."""
+    huge = RAGGED.__class__(256, 256, 64, warps=4, stages=3)
+    deep = RAGGED.__class__(128, 128, 128, warps=8, stages=6)
+    spilling, large, half = compile_all(
+        [int8_compilation(86, huge), int8_compilation(86, deep), int4_compilation(86, RAGGED)]
+    )
+    assert any("spills" in fault for fault in spilling.faults("s8"))
+    assert any("shared memory" in fault for fault in large.faults("s8"))
+    assert any("is not f16" in fault for fault in half.faults("f16"))

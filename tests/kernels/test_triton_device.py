@@ -1,0 +1,51 @@
+"""Where Triton kernels may run, and the reason where they may not."""
+
+import pytest
+import torch
+from dit_quant.kernels import triton_device
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this a machine with a card of that capability."""
+
+    def pretend(capability=(8, 6), installed=True, interpreted=False, hip=None):
+        monkeypatch.setattr(triton_device, "installed", lambda: installed)
+        monkeypatch.setattr(triton_device, "interpreted", lambda: interpreted)
+        monkeypatch.setattr(triton_device, "_capability", lambda _: 10 * capability[0] + capability[1])
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_cards_since_ampere(machine, capability):
+    machine(capability)
+    assert triton_device.device_refusal(CUDA) is None
+    assert triton_device.capability_of(CUDA) == 10 * capability[0] + capability[1]
+
+
+@pytest.mark.parametrize(("capability", "shown"), [((7, 5), "7.5"), ((6, 1), "6.1")])
+def test_older_cards_are_named(machine, capability, shown):
+    machine(capability)
+    assert triton_device.device_refusal(CUDA) == f"compute capability {shown} < 8.0"
+
+
+def test_amd_cards_have_no_such_number(machine):
+    machine((7, 5), hip="6.2")
+    assert triton_device.device_refusal(CUDA) is None
+    assert triton_device.capability_of(CUDA) == 0
+
+
+def test_cpu_tensors_only_in_the_interpreter(machine):
+    machine()
+    assert triton_device.device_refusal(CPU) == "no Triton kernels for cpu tensors"
+    machine(interpreted=True)
+    assert triton_device.device_refusal(CPU) is None
+
+
+def test_missing_triton_comes_first(machine):
+    machine((7, 5), installed=False)
+    assert triton_device.device_refusal(CUDA) == "triton is not installed"

@@ -1,0 +1,129 @@
+"""Ahead-of-time compilations of the two linears: every tile that kernels/tiles.py ships, on every target."""
+
+from ahead_of_time import CAPABILITIES, Compilation
+from dit_quant.kernels.tiles import RAGGED, TILES, Tile, family_of
+
+# wgmma and mma.sync; tensor memory of sm_100
+INT8 = r"s32\.s8\.s8|kind::i8$"
+AMD_TARGETS = ("gfx942", "gfx1100")
+AMD_INT8 = r"_i32_\d+x\d+x\d+_iu?8$"
+# what a full layer passes: asymmetric tokens, bias, corrections of several timestep groups
+POINTERS = {
+    "a_ptr": "*i8:16",
+    "w_ptr": "*i8:16",
+    "y_ptr": "*bf16:16",
+    "row_scale_ptr": "*fp32:16",
+    "row_zero_ptr": "*fp32:16",
+    "column_scale_ptr": "*fp32:16",
+    "column_sum_ptr": "*i32:16",
+    "bias_ptr": "*bf16:16",
+    "correction_ptr": "*fp16:16",
+    "index_ptr": "*i64:16",
+    "fraction_ptr": "*fp32:16",
+}
+SIZES = {"M": "i32", "T": "i32"}
+OPTIONAL = ("row_zero_ptr", "column_sum_ptr", "bias_ptr", "correction_ptr", "index_ptr", "fraction_ptr")
+
+
+def int8_compilation(
+    capability: int | str, tile: Tile, *, plain: bool = False, ragged: bool = False, odd: bool = False
+) -> Compilation:
+    """plain: no optional operand, fp32 output. ragged: any N, K % 16 == 0, masks in the loop. odd: any N and K."""
+    return compilation("int8_linear", POINTERS, {}, capability, tile, plain, ragged, odd)
+
+
+def int4_compilation(
+    capability: int | str,
+    tile: Tile,
+    *,
+    group: int = 16,
+    table: bool = False,
+    plain: bool = False,
+    ragged: bool = False,
+) -> Compilation:
+    """As `int8_compilation`."""
+    pointers = {**POINTERS, "w_ptr": "*i32:16", "levels_ptr": "*u8:16", "table_ptr": "*i32:16"}
+    constexprs: dict[str, object] = {
+        "GROUP": group,
+        "LEVEL_ALIGNMENT": 1 if ragged or group > 16 else 16,
+        "TRANSPOSED": isinstance(capability, int) and family_of(capability) in (90, 100),
+        "PERMUTE": isinstance(capability, int),
+    }
+    if not table:
+        constexprs["table_ptr"] = None
+    return compilation("int4_linear", pointers, constexprs, capability, tile, plain, ragged)
+
+
+def compilation(
+    op: str,
+    pointers: dict,
+    constexprs: dict,
+    capability: int | str,
+    tile: Tile,
+    plain: bool,
+    ragged: bool,
+    odd: bool = False,
+) -> Compilation:
+    sizes = {**SIZES, "N": "i32" if ragged or odd else "i32:16", "K": "i32" if odd else "i32:16"}
+    signature = {name: kind for name, kind in {**pointers, **sizes}.items() if name not in constexprs}
+    constexprs = {
+        **constexprs,
+        "stride_row_scale": 1,
+        "stride_row_zero": 0 if plain else 1,
+        "INTERPOLATE": not plain,
+        "EVEN_K": not (ragged or odd),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "DOTS": tile.dots,
+        "PARTS": tile.parts,
+    }
+    if plain:
+        signature = {**signature, "y_ptr": "*fp32:16"}
+        signature = {name: kind for name, kind in signature.items() if name not in OPTIONAL}
+        constexprs |= dict.fromkeys(OPTIONAL)
+    form = "".join(f" {word}" for word, said in (("plain", plain), ("ragged", ragged), ("odd", odd)) if said)
+    detail = f" G{constexprs['GROUP']}" + " table" * ("table_ptr" in signature) if op == "int4_linear" else ""
+    blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages} d{tile.dots}"
+    return Compilation(
+        name=f"{op} {blocks}{detail}{form}",
+        module=f"dit_quant.kernels.{op}.triton_impl",
+        kernel=f"{op}_kernel",
+        signature=signature,
+        constexprs=constexprs,
+        capability=capability,
+        options={"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False},
+    )
+
+
+def compilations(all: bool = False) -> list[tuple[Compilation, str]]:
+    """(compilation, expected matrix instruction): every shipped tile, and other forms of a kernel.
+
+    Not `all`: the other forms of one tile per operator, on one target per kind of matrix instruction.
+    """
+    found = []
+    for capability in CAPABILITIES:
+        for build, op in ((int8_compilation, "int8_linear"), (int4_compilation, "int4_linear")):
+            tiles = TILES[op, family_of(capability)]
+            found += [build(capability, tile) for tile in tiles]
+            if not all and capability not in (86, 90, 100):
+                continue
+            found += [build(capability, tile, plain=True) for tile in (tiles if all else tiles[:1])]
+            # the largest tile is for even shapes alone, see tiles.candidates
+            found += [build(capability, tile, ragged=True) for tile in (tiles[1:] if all else tiles[1:2])]
+        int4_tiles = TILES["int4_linear", family_of(capability)]
+        if all or capability in (86, 90, 100):
+            found += [
+                int4_compilation(capability, tile, table=True) for tile in (int4_tiles if all else int4_tiles[:1])
+            ]
+            found.append(int8_compilation(capability, RAGGED, odd=True))
+        for group in (32, 64, 128) if all else (128,) if capability in (86, 90) else ():
+            found += [
+                int4_compilation(capability, tile, group=group) for tile in (int4_tiles if all else int4_tiles[:1])
+            ]
+    expected = [(request, INT8) for request in found]
+    for target in AMD_TARGETS:
+        for build, op in ((int8_compilation, "int8_linear"), (int4_compilation, "int4_linear")):
+            expected += [(build(target, tile), AMD_INT8) for tile in (TILES[op, 0] if all else TILES[op, 0][:1])]
+    return expected
