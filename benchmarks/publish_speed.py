@@ -22,8 +22,8 @@ def kernel_table(result: dict) -> str:
         head = (f"{row['model']} {row['layer']}", row["M"], row["K"], row["N"], row["dtype"])
         lines.append("| " + " | ".join(map(str, (*head, *cells))) + " |")
     lines.append(
-        "\nSpeed of a whole layer (quantize, multiply, epilogue) against the faster of fp32 and bf16 `F.linear`, timed by "
-        f"turns in one run: 2.0x takes half the time. {where(result)}"
+        "\nSpeed of a whole layer (quantize, multiply, epilogue) against the faster of fp32 and bf16 `F.linear`, timed "
+        f"by turns in one run: 2.0x takes half the time. {where(result)}"
     )
     return "\n".join(lines)
 

@@ -2,14 +2,15 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton")
 
 from ahead_of_time import CAPABILITIES, Compiled, compile_all, nvidia_tool
-from dit_quant.kernels.tiles import RAGGED, TILES, family_of
-from linear_compilations import compilations, int4_compilation, int8_compilation
+from dit_quant.kernels.tiles import TILES, family_of
+from linear_compilations import compilations, int8_compilation
 
 if shutil.which(nvidia_tool("cuobjdump")) is None:
     pytest.skip("this build of Triton has no compiler for NVIDIA cards", allow_module_level=True)
@@ -75,13 +76,26 @@ def test_hopper_reads_the_decoded_weight_from_registers(results):
             assert result.register_operands == wanted
 
 
+def test_main_loops_move_no_bytes_but_those_of_a_4_bit_weight(results):
+    """A byte permutation per weight would cost as much as the product. See Tile.dots for where they came from."""
+    for (request, _), result in zip(REQUESTS, results, strict=True):
+        if isinstance(request.capability, str):
+            continue
+        allowed = 0
+        if request.kernel == "int4_linear_kernel":
+            sizes = request.constexprs
+            weights = sizes["BLOCK_N"] * sizes["BLOCK_K"] * sizes["DOTS"] // (32 * result.warps)
+            # 2 per 8 weights, 6 with a table; the levels of a small tile may take a few
+            allowed = weights * (6 if "table_ptr" in request.signature else 2) // 8 + 8
+        assert result.permutes <= allowed, f"{result.name} sm{result.capability}"
+
+
 def test_faults_are_seen():
-    """Negative control: a tile whose sums cannot stay in registers, and one that no card's shared memory holds."""
-    huge = RAGGED.__class__(256, 256, 64, warps=4, stages=3)
-    deep = RAGGED.__class__(128, 128, 128, warps=8, stages=6)
-    spilling, large, half = compile_all(
-        [int8_compilation(86, huge), int8_compilation(86, deep), int4_compilation(86, RAGGED)]
-    )
-    assert any("spills" in fault for fault in spilling.faults("s8"))
-    assert any("shared memory" in fault for fault in large.faults("s8"))
-    assert any("is not f16" in fault for fault in half.faults("f16"))
+    """Negative control: the tile of sm_80 with one product per step, and one that no card's shared memory holds."""
+    tile = TILES["int8_linear", 80][1]
+    single, large = (replace(tile, dots=1, stages=4), replace(tile, block_k=128, stages=6))
+    shuffling, deep = compile_all([int8_compilation(86, single), int8_compilation(86, large)])
+    assert any("spills" in fault for fault in shuffling.faults("s8"))
+    assert shuffling.permutes > 100
+    assert any("shared memory" in fault for fault in deep.faults("s8"))
+    assert any("is not f16" in fault for fault in deep.faults("f16"))
