@@ -21,6 +21,7 @@ class Tile:
     dots 2 on sm_80 to 89: Triton's prefetch of matrix operands, which unpacks int8 registers byte by byte on its way
     around the loop (500 instructions more per step), only acts on loops with one product.
     parts: pieces of the epilogue, where the whole tile's column vectors would not fit in registers.
+    descriptors: int8_linear loads through tensor descriptors (TMA): one thread asks for a block, none holds addresses.
     """
 
     block_m: int
@@ -31,6 +32,7 @@ class Tile:
     dots: int = 1
     parts: int = 1
     group_m: int = 8
+    descriptors: bool = False
 
 
 AMPERE_INT8 = (
@@ -76,7 +78,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int8_linear", 86): AMPERE_INT8,
     ("int8_linear", 89): AMPERE_INT8,
     ("int8_linear", 90): (
+        Tile(128, 256, 128, warps=8, stages=4, descriptors=True),
         Tile(128, 256, 128, warps=8, stages=4),
+        Tile(128, 128, 128, warps=8, stages=4, descriptors=True),
         Tile(128, 128, 128, warps=8, stages=4),
         Tile(64, 128, 128, warps=4, stages=4),
         Tile(64, 64, 128, warps=4, stages=4),
@@ -84,7 +88,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(16, 32, 128, warps=4, stages=5),
     ),
     ("int8_linear", 100): (
+        Tile(128, 256, 128, warps=8, stages=4, parts=2, descriptors=True),
         Tile(128, 256, 128, warps=8, stages=4, parts=2),
+        Tile(128, 128, 128, warps=8, stages=4, parts=4, descriptors=True),
         Tile(128, 128, 128, warps=8, stages=4, parts=4),
         Tile(128, 64, 128, warps=4, stages=4, parts=4),
         Tile(64, 64, 128, warps=4, stages=4),
@@ -136,7 +142,7 @@ def candidates(op: str, capability: int, bucket: int, N: int, K: int) -> tuple[T
     tiles = TILES[op, family_of(capability)]
     if K % EVEN_K or N % EVEN_N:
         # masks and scattered addresses take the registers that the largest tile needs for its sums
-        tiles = tiles[1:]
+        tiles = tuple(tile for tile in tiles if tile.block_m * tile.block_n < tiles[0].block_m * tiles[0].block_n)
     return tuple(tile for tile in tiles if tile.block_m <= bucket)
 
 

@@ -79,13 +79,21 @@ def compilation(
         "DOTS": tile.dots,
         "PARTS": tile.parts,
     }
+    if op == "int8_linear":
+        constexprs["DESCRIPTORS"] = tile.descriptors
+        if tile.descriptors:
+            signature["a_ptr"] = f"tensordesc<i8[{tile.block_m},{tile.block_k}]>"
+            signature["w_ptr"] = f"tensordesc<i8[{tile.block_n},{tile.block_k}]>"
     if plain:
         signature = {**signature, "y_ptr": "*fp32:16"}
         signature = {name: kind for name, kind in signature.items() if name not in OPTIONAL}
         constexprs |= dict.fromkeys(OPTIONAL)
     form = "".join(f" {word}" for word, said in (("plain", plain), ("ragged", ragged), ("odd", odd)) if said)
     detail = f" G{constexprs['GROUP']}" + " table" * ("table_ptr" in signature) if op == "int4_linear" else ""
-    blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages} d{tile.dots}"
+    blocks = (
+        f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages} d{tile.dots}"
+        + " tma" * tile.descriptors
+    )
     return Compilation(
         name=f"{op} {blocks}{detail}{form}",
         module=f"dit_quant.kernels.{op}.triton_impl",
@@ -110,8 +118,9 @@ def compilations(all: bool = False) -> list[tuple[Compilation, str]]:
             if not all and capability not in (86, 90, 100):
                 continue
             found += [build(capability, tile, plain=True) for tile in (tiles if all else tiles[:1])]
+            smaller = [tile for tile in tiles if tile.block_m * tile.block_n < tiles[0].block_m * tiles[0].block_n]
             # the largest tile is for even shapes alone, see tiles.candidates
-            found += [build(capability, tile, ragged=True) for tile in (tiles[1:] if all else tiles[1:2])]
+            found += [build(capability, tile, ragged=True) for tile in (smaller if all else smaller[:1])]
         int4_tiles = TILES["int4_linear", family_of(capability)]
         if all or capability in (86, 90, 100):
             found += [

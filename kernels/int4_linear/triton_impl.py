@@ -1,5 +1,7 @@
 """4-bit weights decoded to int8 in registers inside the main loop, then the int8 product on tensor cores."""
 
+# Triton's decorators are beyond the type checker
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 import math
 
 import torch
@@ -8,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..int8_linear.triton_impl import (
+    aligned,
     epilogue_operands,
     groups_of,
     launch_options,
@@ -315,9 +318,3 @@ def int4_linear(
         flags = (dtype, group, table is not None, row_zero is not None, bias is not None, correction is not None)
         run("int4_linear", launch, a.device, M, N, K, flags)
     return y
-
-
-def aligned(bytes_: Tensor) -> Tensor:
-    """Contiguous and at an address that 32-bit words can be read from: a view into a file's buffer may not be."""
-    bytes_ = bytes_.contiguous()
-    return bytes_ if bytes_.data_ptr() % 16 == 0 else bytes_.clone()

@@ -1,12 +1,20 @@
 """int8 x int8 product on integer tensor cores, with the epilogue in the same kernel."""
 
+# Triton's decorators are beyond the type checker
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.3: the same tiles without the copy engine
+    TensorDescriptor: Any = None
 
 from .. import autotune
 from ..tiles import Tile, tile_for
@@ -147,28 +155,37 @@ def int8_linear_kernel(
     GROUP_M: tl.constexpr,
     DOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """One tile of y [M, N] = epilogue(a [M, K] w [N, K]ᵀ); an absent operand is None."""
+    """One tile of y [M, N] = epilogue(a [M, K] w [N, K]ᵀ); an absent operand is None.
+
+    DESCRIPTORS: a and w come as tensor descriptors, and the copy engine of Hopper and later fills shared memory.
+    """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_k = tl.arange(0, BLOCK_K)
-    # rows past the end are read from the last row and never stored: no mask in the loop
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
-    a_ptr += first_m.to(tl.int64) * K
-    w_ptr += first_n.to(tl.int64) * K
-    offs_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)[:, None] * K + offs_k[None, :]
-    offs_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)[None, :] * K + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, K, BLOCK_K * DOTS):
-        for dot in tl.static_range(DOTS):
-            if EVEN_K:
-                a, w = tl.load(a_ptr + offs_a), tl.load(w_ptr + offs_w)
-            else:
-                left = K - k - dot * BLOCK_K
-                a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < left, other=0)
-                w = tl.load(w_ptr + offs_w, mask=offs_k[:, None] < left, other=0)
-            acc = tl.dot(a, w, acc, out_dtype=tl.int32)
-            a_ptr += BLOCK_K
-            w_ptr += BLOCK_K
+    if DESCRIPTORS:
+        for k in range(0, K, BLOCK_K):
+            a, w = a_ptr.load([first_m, k]), w_ptr.load([first_n, k])
+            acc = tl.dot(a, w.T, acc, out_dtype=tl.int32)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        # rows past the end are read from the last row and never stored: no mask in the loop
+        a_ptr += first_m.to(tl.int64) * K
+        w_ptr += first_n.to(tl.int64) * K
+        offs_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)[:, None] * K + offs_k[None, :]
+        offs_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)[None, :] * K + offs_k[:, None]
+        for k in range(0, K, BLOCK_K * DOTS):
+            for dot in tl.static_range(DOTS):
+                if EVEN_K:
+                    a, w = tl.load(a_ptr + offs_a), tl.load(w_ptr + offs_w)
+                else:
+                    left = K - k - dot * BLOCK_K
+                    a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < left, other=0)
+                    w = tl.load(w_ptr + offs_w, mask=offs_k[:, None] < left, other=0)
+                acc = tl.dot(a, w, acc, out_dtype=tl.int32)
+                a_ptr += BLOCK_K
+                w_ptr += BLOCK_K
     store_tile(
         acc,
         y_ptr,
@@ -227,7 +244,7 @@ def int8_linear(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a [M, K] int8, w [N, K] int8 -> [M, N] dtype; see reference.py. Bit for bit the same."""
-    a, w = a.contiguous(), w.contiguous()
+    a, w = aligned(a), aligned(w)
     (M, K), N = a.shape, w.shape[0]
     if w.shape[1] != K:
         raise ValueError(f"a has {K} columns, w {w.shape[1]}")
@@ -236,9 +253,10 @@ def int8_linear(
     strides = row_stride(row_scale), row_stride(row_zero)
 
     def launch(tile: Tile) -> None:
+        descriptors = tile.descriptors and TensorDescriptor is not None
         int8_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            a,
-            w,
+            descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
+            descriptor(w, tile.block_n, tile.block_k) if descriptors else w,
             y,
             *operands,
             M,
@@ -246,6 +264,7 @@ def int8_linear(
             K,
             groups_of(correction),
             *strides,
+            DESCRIPTORS=descriptors,
             **launch_options(tile, K, correction),
         )
 
@@ -281,6 +300,18 @@ def launch_options(tile: Tile, K: int, correction: Tensor | None) -> dict:
         "num_stages": tile.stages,
         "enable_fp_fusion": False,
     }
+
+
+def descriptor(operand: Tensor, rows: int, columns: int):
+    """What the copy engine needs to know of a contiguous [*, K] operand that is read in blocks of [rows, columns]."""
+    # not operand.stride(): that of a single row may be anything
+    return TensorDescriptor(operand, list(operand.shape), [operand.shape[1], 1], [rows, columns])
+
+
+def aligned(operand: Tensor) -> Tensor:
+    """Contiguous and at an address that words and descriptors can be read from: a view into a file may not be."""
+    operand = operand.contiguous()
+    return operand if operand.data_ptr() % 16 == 0 else operand.clone()
 
 
 def epilogue_operands(

