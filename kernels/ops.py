@@ -9,20 +9,11 @@ from torch import Tensor
 
 from .backends import AUTO
 from .dispatch import bucket, run
+from .quantizer_op import QuantizerOp
+from .registration import register, schema
 
-NAMESPACE = "dit_quant"
+QUANTIZE_ACTIVATION = QuantizerOp("quantize_activation", {"x": "Tensor"}, lambda x: x.shape, {})
 # argument -> type, in the order of the schema; every op takes the backend last
-QUANTIZER = {
-    "index": "Tensor",
-    "fraction": "Tensor",
-    "shift": "Tensor?",
-    "smooth": "Tensor?",
-    "hadamard": "int",
-    "symmetric": "bool",
-    "static_scale": "Tensor?",
-    "static_zero": "Tensor?",
-    "backend": "str",
-}
 EPILOGUE = {
     "row_scale": "Tensor",
     "column_scale": "Tensor",
@@ -34,18 +25,6 @@ EPILOGUE = {
     "correction": "Tensor?",
     "dtype": "ScalarType",
     "backend": "str",
-}
-
-
-def _schema(first: str, arguments: dict[str, str], results: str) -> str:
-    return f"({first}, {', '.join(f'{kind} {name}' for name, kind in arguments.items())}) -> {results}"
-
-
-SCHEMAS = {
-    # a schema has no optional result: an empty zero stands for none, [1, 1] for one value for all tokens
-    "quantize_activation": _schema("Tensor x", QUANTIZER, "(Tensor, Tensor, Tensor)"),
-    "int8_linear": _schema("Tensor a, Tensor w", EPILOGUE, "Tensor"),
-    "int4_linear": _schema("Tensor a, Tensor packed, Tensor levels, Tensor? table", EPILOGUE, "Tensor"),
 }
 
 
@@ -64,18 +43,11 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] float -> codes [M, K] int8, scale [M, 1] fp32, zero [M, 1] fp32 or None. See the reference."""
     if torch.compiler.is_compiling():
-        codes, scale, zero = torch.ops.dit_quant.quantize_activation(
+        return QUANTIZE_ACTIVATION.traced(
             x, index, fraction, shift, smooth, hadamard, symmetric, static_scale, static_zero, backend
         )
-        M = x.shape[0]
-        if _has_zero(symmetric, static_scale, static_zero):
-            return codes, scale.expand(M, 1), zero.expand(M, 1)
-        return codes, scale.expand(M, 1), None
-    M, K = x.shape
-    static = static_scale is not None
-    zeroless = not _has_zero(symmetric, static_scale, static_zero)
     return run(
-        ("quantize_activation", x.device, x.dtype, bucket(M), K, None, None, hadamard, zeroless, static, backend),
+        QUANTIZE_ACTIVATION.key(x, x.shape, hadamard, symmetric, static_scale, static_zero, backend),
         x,
         index=index,
         fraction=fraction,
@@ -167,28 +139,6 @@ def int4_linear(
     )
 
 
-def _has_zero(symmetric: bool, static_scale: Tensor | None, static_zero: Tensor | None) -> bool:
-    return not symmetric if static_scale is None else static_zero is not None
-
-
-def _run_quantize(x, *given):
-    named = dict(zip(QUANTIZER, given, strict=True))
-    codes, scale, zero = quantize_activation(x, **named)
-    if named["static_scale"] is not None:
-        # one value for all tokens, whichever strides the backend gave its [M, 1]
-        scale, zero = scale[0].reshape(1, 1), None if zero is None else zero[0].reshape(1, 1)
-    # torch ops keep the strides of a transposed x
-    return codes.contiguous(), scale, scale.new_empty(0) if zero is None else zero
-
-
-def _fake_quantize(x, *given):
-    named = dict(zip(QUANTIZER, given, strict=True))
-    rows = 1 if named["static_scale"] is not None else x.shape[0]
-    scale = x.new_empty((rows, 1), dtype=torch.float32)
-    has_zero = _has_zero(named["symmetric"], named["static_scale"], named["static_zero"])
-    return x.new_empty(x.shape, dtype=torch.int8), scale, scale.new_empty((rows, 1) if has_zero else 0)
-
-
 def _run_int8(a, w, *given):
     return int8_linear(a, w, **dict(zip(EPILOGUE, given, strict=True)))
 
@@ -201,22 +151,11 @@ def _fake_product(a, w, *given):
     return a.new_empty((a.shape[0], w.shape[0]), dtype=given[-2])
 
 
-def _register() -> torch.library.Library | None:
-    """Defines the ops once a process: the host and a test may import this package under two names, and the first
-    one's dispatcher then serves both. The library must outlive its ops."""
-    if hasattr(torch.ops.dit_quant, "int4_linear"):
-        return None
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    functions = {
-        "quantize_activation": (_run_quantize, _fake_quantize),
-        "int8_linear": (_run_int8, _fake_product),
-        "int4_linear": (_run_int4, _fake_product),
-    }
-    for name, (function, fake) in functions.items():
-        library.define(f"{name}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    return library
-
-
-_library = _register()
+INT8 = {"a": "Tensor", "w": "Tensor", **EPILOGUE}
+INT4 = {"a": "Tensor", "packed": "Tensor", "levels": "Tensor", "table": "Tensor?", **EPILOGUE}
+OPS = {
+    "quantize_activation": QUANTIZE_ACTIVATION.registered(quantize_activation),
+    "int8_linear": (schema(INT8, "Tensor"), _run_int8, _fake_product),
+    "int4_linear": (schema(INT4, "Tensor"), _run_int4, _fake_product),
+}
+_library = register(OPS)

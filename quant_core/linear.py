@@ -1,6 +1,7 @@
 """A quantized Linear: what is stored, its integer forward, and its way back to the original weight."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,18 +98,34 @@ def quant_linear(
     x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tensor, fraction: Tensor, backend: str = AUTO
 ) -> Tensor:
     """x [..., K] -> [..., N] in the dtype of x: y = Q_a((x - z) / s H) Q_wᵀ + b + c, all products in integers."""
-    codes, row_scale, row_zero = quantize_activation(
-        x.reshape(-1, x.shape[-1]),
-        index=index,
-        fraction=fraction,
-        shift=w.shift,
-        smooth=w.smooth,
-        hadamard=w.hadamard,
-        symmetric=w.symmetric,
-        static_scale=w.static_scale,
-        static_zero=w.static_zero,
-        backend=backend,
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    quantized = quantize_activation(rows, index=index, fraction=fraction, backend=backend, **quantizer(w))
+    return multiply(quantized, w, bias, index, fraction, x.dtype, backend).reshape(*x.shape[:-1], w.features[0])
+
+
+def quantizer(w: QuantizedLinear) -> dict[str, Any]:
+    """What the quantizers of the layer's input take from it, by keyword."""
+    return {
+        "shift": w.shift,
+        "smooth": w.smooth,
+        "hadamard": w.hadamard,
+        "symmetric": w.symmetric,
+        "static_scale": w.static_scale,
+        "static_zero": w.static_zero,
+    }
+
+
+def multiply(
+    quantized: tuple[Tensor, Tensor, Tensor | None],
+    w: QuantizedLinear,
+    bias: Tensor | None,
+    index: Tensor,
+    fraction: Tensor,
+    dtype: torch.dtype,
+    backend: str = AUTO,
+) -> Tensor:
+    """codes [M, K], scale, zero of a quantizer -> [M, N] dtype."""
+    codes, row_scale, row_zero = quantized
     epilogue = {
         "row_scale": row_scale,
         "column_scale": w.scale,
@@ -118,14 +135,12 @@ def quant_linear(
         "correction": w.correction,
         "index": index,
         "fraction": fraction,
-        "dtype": x.dtype,
+        "dtype": dtype,
         "backend": backend,
     }
     if w.levels is None:
-        y = int8_linear(codes, w.qdata, **epilogue)
-    else:
-        y = int4_linear(codes, w.qdata, levels=w.levels, **epilogue)
-    return y.reshape(*x.shape[:-1], w.features[0])
+        return int8_linear(codes, w.qdata, **epilogue)
+    return int4_linear(codes, w.qdata, levels=w.levels, **epilogue)
 
 
 def codes_of(w: QuantizedLinear) -> Tensor:

@@ -23,6 +23,8 @@ def gelu_quantize(
     static_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the reference, but for the last bits of tanh and erf; rows of x may lie apart."""
+    if approximate not in PROLOGUES:
+        raise ValueError(f"GELU {approximate!r} is not known; use 'tanh' or 'none'")
     return launch(
         x,
         prologue=PROLOGUES[approximate],

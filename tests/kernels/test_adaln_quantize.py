@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from dit_quant.kernels.adaln_quantize.reference import adaln
 from dit_quant.kernels.adaln_quantize.reference import adaln_quantize as reference
 from dit_quant.kernels.quantize_activation.reference import quantize_activation
+from fused_cases import summation_error
 from near_ties import assert_equal_but_ties
 
 pytest.importorskip("triton")
@@ -35,22 +36,6 @@ def parts(names, B, K, device):
     }
     letters = dict(zip("wbsh", whole, strict=True))
     return {letters[name]: whole[letters[name]].to(device) for name in names}
-
-
-def summation_error(x, kind, weight=None, modulation_scale=None, **_):
-    """Two orders of the same sums: each adds in blocks, in at most 32 + log2 K steps that round by u = 2**-24. The mean
-    moves by that share of mean |x|, the deviation by half of it; then both sides round four times more."""
-    x = x.double()
-    M, K = x.shape
-    mean = x.mean(dim=1, keepdim=True) if kind == "layer" else 0
-    deviation = (x - mean).square().mean(dim=1, keepdim=True).sqrt()
-    u = 2**-23 * (36 + torch.log2(torch.tensor(float(K))).item())
-    error = u * (x.abs().mean(dim=1, keepdim=True) + (x - mean).abs()) / deviation
-    if weight is not None:
-        error = error * weight.abs()
-    if modulation_scale is not None:
-        error = error * (1 + modulation_scale.double()).abs().repeat_interleave(M // len(modulation_scale), dim=0)
-    return error
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

@@ -6,13 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_quant.kernels import backends, dispatch, kitchen, ops, triton_device
+from dit_quant.kernels import backends, dispatch, fused_ops, kitchen, ops, triton_device
 from dit_quant.kernels.backends import Implementation, Shape
 from dit_quant.kernels.int8_linear import kitchen_impl, reference
+from dit_quant.kernels.quantizer_op import QUANTIZER
 
-OPERANDS = {"quantize_activation": "x", "int8_linear": "aw", "int4_linear": "aw"}
-KEYWORDS = {
-    "quantize_activation": set(ops.QUANTIZER) - {"backend"},
+QUANTIZERS = {
+    "quantize_activation": ops.QUANTIZE_ACTIVATION,
+    "adaln_quantize": fused_ops.ADALN,
+    "gelu_quantize": fused_ops.GELU,
+    "swiglu_quantize": fused_ops.SWIGLU,
+}
+OPERANDS = {"int8_linear": "aw", "int4_linear": "aw"} | {name: op.operands for name, op in QUANTIZERS.items()}
+KEYWORDS = {name: {*op.prologue, *QUANTIZER} for name, op in QUANTIZERS.items()} | {
     "int8_linear": set(ops.EPILOGUE) - {"backend"},
     "int4_linear": {"levels", "table", *ops.EPILOGUE} - {"backend"},
 }
