@@ -8,10 +8,12 @@ too: a row whose output is another function has no time. Rivals need `pip instal
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -71,7 +73,7 @@ def run(device: torch.device, timed: list[tuple[Layer, int]], rounds: int, quick
             print(line(rows[-1]), file=sys.stderr, flush=True)
     return {
         "machine": machine() | device_facts(device),
-        "versions": versions(),
+        "versions": versions() | of_kernels(),
         "commit": commit(),
         "settings": {"rounds": rounds, "quick": quick, "budget_s": BUDGET, "times": "[median, quartiles], ms"},
         "roofline": roofline.published(),
@@ -126,6 +128,15 @@ def device_facts(device: torch.device) -> dict:
     facts = {"device": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}", "cuda": torch.version.cuda}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return facts | {"driver": said(query)}
+
+
+def of_kernels() -> dict[str, str]:
+    """Versions of what the kernels are made with; absent where it is not installed."""
+    found = {}
+    for name in ("triton", "comfy-kitchen"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit() -> str:
