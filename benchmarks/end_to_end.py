@@ -39,7 +39,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=[*FLOATS, *NATIVE, *OURS])
     parser.add_argument("--host", type=Path, default=Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI")))
     parser.add_argument("--python", type=Path, help="the host's interpreter (HOST/.venv/bin/python)")
-    parser.add_argument("--flags", nargs="*", default=[], help="arguments for the host, such as --cpu")
+    parser.add_argument("--flags", default="", help="of the host: --flags='--cpu --use-pytorch-cross-attention'")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder for the model files; a temporary one by default")
     parser.add_argument("--out", type=Path, required=True)
@@ -67,12 +67,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "depth": depth,
         "dtype": args.dtype,
         "size": args.size,
-        "flags": args.flags,
+        "flags": args.flags.split(),
         "threads": args.threads,
         "folder": str(folder),
-        "source": str(folder / f"{args.model}-{depth}-{args.dtype}.safetensors"),
+        "source": str(folder / f"{args.model}-{depth}.safetensors"),
     }
-    made = work(args, job | {"do": "make"})
+    # the file is in fp32 where a row computes in fp32
+    made = work(args, job | {"do": "make", "dtype": "fp32" if "fp32" in args.rows else args.dtype})
     quantized = [row for row in args.rows if row not in FLOATS]
     files = work(args, job | {"do": "convert", "rows": quantized}) if quantized else {}
     absent = {row: files[row]["absent"] for row in quantized if "absent" in files[row]}
@@ -85,13 +86,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             step = statistics.median(found[row][-1]["step_s"])
             print(f"round {turn + 1}: {row}: {step:.3f} s per step", file=sys.stderr, flush=True)
     sizes = {row: files[row]["bytes"] if row in files else Path(job["source"]).stat().st_size for row in rows}
-    sizes |= {row: sizes[row] // 2 for row in rows if row == "bf16" and args.dtype == "fp32"}
+    sizes |= {row: sizes[row] // 2 for row in rows if row == "bf16" and "fp32" in args.rows}
     return {
         "model": f"{args.model}, {depth} blocks, {made['parameters'] / 1e6:.0f} M parameters, random weights",
         "size": args.size,
         "steps": args.steps,
         "rounds": args.rounds,
         "dtype_around": args.dtype,
+        "flags": args.flags,
         "rows": summarize(found, sizes),
         "absent": absent,
         "machine": machine() | {"device": made["device"], "torch_threads": made["threads"]},

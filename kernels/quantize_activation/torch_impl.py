@@ -7,7 +7,7 @@ from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
 from ..numerics import hadamard as hadamard_matrix
 from .reference import asymmetric_range
 
-# entries of all buffers. CPU: they stay in the last cache, and calls still cost little; else: bounds the fp32 copies
+# entries of a buffer. CPU: it stays in the last cache, and calls still cost little; else: bounds the fp32 copies
 CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**25
 # sums of 16 neighbours are faster as a matrix product than as two butterflies of short strides
@@ -41,7 +41,9 @@ def quantize_activation(
     offset = None if shift is None else lerp_rows(shift, index, fraction)
     factor = None if smooth is None else smooth.float().reciprocal()
     static = None if static_scale is None else static_range(static_scale, static_zero, index, fraction)
-    block = max(1, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(K, 1) // (2 if by_product else 1))
+    # blocks of the same size: a small last one would cost as many calls as the others
+    blocks = max(1, round(M * K / (CPU_BLOCK if on_cpu else DEVICE_BLOCK)))
+    block = max(1, -(-M // blocks))
     buffers = torch.empty(2 if by_product else 1, min(block, M), K, dtype=torch.float32, device=x.device)
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
     ranges = []
@@ -56,7 +58,7 @@ def quantize_activation(
         if symmetric:
             scale, zero = safe_scale(torch.maximum(-low, high), INT8_MAX), None
         else:
-            scale, zero = asymmetric_range(low, high)
+            scale, zero = (usual_range if on_cpu else asymmetric_range)(low, high)
         if on_cpu:
             encode_own_range(y, scale, zero, high, out)
         else:
@@ -80,6 +82,15 @@ def static_range(scale: Tensor, zero: Tensor | None, index: Tensor, fraction: Te
     """Tables [T] -> scale, zero [1, 1] of the group."""
     at = lerp_rows(scale[:, None], index, fraction)[None]
     return at, None if zero is None else lerp_rows(zero[:, None], index, fraction)[None].round()
+
+
+def usual_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """`asymmetric_range` on CPU, [m, 1]: a third of its calls where no row is constant, tiny or far off."""
+    scale = (high - low).div_(2 * INT8_MAX)
+    reach = torch.maximum(high, -low).add_(torch.finfo(torch.float32).tiny * 2**15)
+    if not bool((reach < scale * 2**15).all()):
+        return asymmetric_range(low, high)
+    return scale, (low * scale.reciprocal()).round_().neg_().sub_(INT8_MAX)
 
 
 def transform(x: Tensor, offset: Tensor | None, factor: Tensor | None, order: int, buffers: Tensor) -> Tensor:
