@@ -12,7 +12,7 @@ CODES_PRODUCT = "_int4_linear_via_int8_values"
 
 def codes_product():
     """(int8 a, int8 w, row scale, column scale, bias, dtype) -> [M, N]: scaled in fp32, rows first."""
-    from comfy_kitchen.backends import cuda
+    from comfy_kitchen.backends import cuda  # pyright: ignore[reportMissingImports]
 
     return getattr(cuda, CODES_PRODUCT)
 
@@ -32,8 +32,8 @@ def device_refusal(device: torch.device) -> str | None:
 @lru_cache(maxsize=1)
 def _extension_refusal() -> str | None:
     try:
-        from comfy_kitchen.backends import cuda
-        from comfy_kitchen.registry import registry
+        from comfy_kitchen.backends import cuda  # pyright: ignore[reportMissingImports]
+        from comfy_kitchen.registry import registry  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         return f"not installed ({error})"
     if not registry.is_available("cuda"):

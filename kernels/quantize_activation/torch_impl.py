@@ -12,8 +12,6 @@ CPU_BLOCK = 2**20
 DEVICE_BLOCK = 2**25
 # sums of 16 neighbours are faster as a matrix product than as two butterflies of short strides
 INNER = 16
-# 1.5 2**23: added to |x| < 2**22, it leaves the nearest integer, ties to even, in the low bits of the fp32 word
-INTEGER_BITS = 12582912.0
 
 
 def refusal(device: torch.device) -> str | None:
@@ -51,7 +49,7 @@ def quantize_activation(
         part, out = x[start : start + block], codes[start : start + block]
         y = (transform_by_product if by_product else transform)(part, offset, factor, hadamard, buffers[:, : len(part)])
         if static is not None:
-            encode(y, *static, out)
+            encode(y, *static, out, clamp=True)
             continue
         # two reductions: torch.aminmax along a row is 20 times slower on CPU
         low, high = torch.amin(y, dim=-1, keepdim=True), torch.amax(y, dim=-1, keepdim=True)
@@ -59,10 +57,7 @@ def quantize_activation(
             scale, zero = safe_scale(torch.maximum(-low, high), INT8_MAX), None
         else:
             scale, zero = (usual_range if on_cpu else asymmetric_range)(low, high)
-        if on_cpu:
-            encode_own_range(y, scale, zero, high, out)
-        else:
-            encode(y, scale, zero, out)
+        encode(y, scale, zero, out, clamp=not symmetric)
         ranges.append((scale, zero))
     if static is not None:
         scale, zero = static
@@ -85,7 +80,7 @@ def static_range(scale: Tensor, zero: Tensor | None, index: Tensor, fraction: Te
 
 
 def usual_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """`asymmetric_range` on CPU, [m, 1]: a third of its calls where no row is constant, tiny or far off."""
+    """`asymmetric_range` on CPU, [m, 1], in a third of its calls where no row is constant, tiny or far off."""
     scale = (high - low).div_(2 * INT8_MAX)
     reach = torch.maximum(high, -low).add_(torch.finfo(torch.float32).tiny * 2**15)
     if not bool((reach < scale * 2**15).all()):
@@ -150,25 +145,11 @@ def butterfly(x: Tensor, out: Tensor, stride: int) -> None:
     total.sub_(a, alpha=2)
 
 
-def encode(y: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor) -> None:
-    """y [m, K] fp32 is overwritten; codes go to out [m, K] int8."""
+def encode(y: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, clamp: bool) -> None:
+    """y [m, K] fp32 is overwritten; codes go to out [m, K] int8. A symmetric range of y itself needs no clamp."""
     y.mul_(scale.reciprocal()).round_()
     if zero is not None:
         y.add_(zero)
-    out.copy_(y.clamp_(-INT8_MAX, INT8_MAX))
-
-
-def encode_own_range(y: Tensor, scale: Tensor, zero: Tensor | None, high: Tensor, out: Tensor) -> None:
-    """`encode` where the range is that of y itself, [m, 1]: two passes over fp32 fewer.
-
-    Symmetric codes need no clamp. Asymmetric ones go through the low bits of the fp32 word and take the zero point
-    modulo 256; they end at 128 at most, where two roundings meet, which `high`, the maxima of y, tell.
-    """
-    inverse = scale.reciprocal()
-    if zero is None:
-        out.copy_(y.mul_(inverse).round_())
-        return
-    out.copy_(y.mul_(inverse).add_(INTEGER_BITS).view(torch.int32))
-    out.add_(zero.to(torch.int32).to(torch.int8))
-    if bool(((high * inverse).round_() + zero > INT8_MAX).any()):
-        out.masked_fill_(out == -INT8_MAX - 1, INT8_MAX)
+    if clamp:
+        y.clamp_(-INT8_MAX, INT8_MAX)
+    out.copy_(y)
