@@ -167,7 +167,8 @@ class NothingReadBack(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"):
-            raise AssertionError(f"{func} reads a value back to the host")
+            # no Exception: the dispatcher would take that for a backend that cannot be launched
+            pytest.fail(f"{func} reads a value back to the host")
         return func(*args, **(kwargs or {}))
 
 
@@ -230,7 +231,9 @@ def test_one_graph_for_all_groups(compiler, kind, groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_value_is_read_back(kind, dtype):
     state = TimestepState([SMOOTH_GROUPS])
-    module = QuantLinear(layer(kind, SMOOTH_GROUPS), torch.ones(N, dtype=dtype), state, 0)
+    # on a CPU, where nothing waits, the torch quantizer looks whether an asymmetric code passed 127
+    backend = "reference" if kind == "int8 asymmetric" else "torch"
+    module = QuantLinear(layer(kind, SMOOTH_GROUPS), torch.ones(N, dtype=dtype), state, 0, backend)
     with NothingReadBack():
         for sigma in (torch.tensor([0.9]), torch.tensor([0.2])):
             state.update(sigma)
@@ -239,7 +242,7 @@ def test_no_value_is_read_back(kind, dtype):
 
 def test_reading_back_is_noticed():
     """Negative control."""
-    with pytest.raises(AssertionError, match="reads a value back"), NothingReadBack():
+    with pytest.raises(pytest.fail.Exception, match="reads a value back"), NothingReadBack():
         bool(torch.ones(1) > 0)
 
 
