@@ -119,6 +119,8 @@ class HostServer:
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.extra_args]
         environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        # tests/kernels sets it for this process: a server would interpret its kernels, a thousand times slower
+        environment.pop("TRITON_INTERPRET", None)
         new_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
