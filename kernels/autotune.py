@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from .tiles import Tile, bucket_of, candidates, tile_for
+from .user_cache import user_cache
 
 SWITCH, CACHE = "DIT_QUANT_AUTOTUNE", "DIT_QUANT_AUTOTUNE_CACHE"
-WINDOWS = os.name == "nt"
 VERSION = 1
 WARM_UP, REPEATS = 2, 7
 
@@ -39,11 +39,7 @@ def cache_file() -> Path:
     """Where results are kept: $DIT_QUANT_AUTOTUNE_CACHE, else in the platform's cache folder of the user."""
     if named := os.environ.get(CACHE):
         return Path(named)
-    if WINDOWS:
-        folder = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "dit_quant" / "autotune.json"
+    return user_cache() / "autotune.json"
 
 
 def tuned_tile(

@@ -13,12 +13,13 @@ AUTO = "auto"
 FILES = {
     "triton": "triton_impl",
     "comfy_kitchen": "kitchen_impl",
+    "native": "native_impl",
     "torch": "torch_impl",
     "reference": "reference",
 }
 BACKENDS = tuple(FILES)
-# where the others cannot run at all, or only interpreted
-PORTABLE = ("torch", "reference")
+# off CUDA the others cannot run at all, or only interpreted; `native` is C for the CPU
+PORTABLE = ("native", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_name(name: str, source: str) -> str:
 
 def order(device: torch.device, first: str = AUTO) -> tuple[str, ...]:
     """Backends to ask on a device. `first`: one to ask before all others."""
-    usual = BACKENDS if device.type == "cuda" else PORTABLE
+    usual = tuple(name for name in BACKENDS if name != "native") if device.type == "cuda" else PORTABLE
     return usual if first == AUTO else (first, *(name for name in usual if name != first))
 
 

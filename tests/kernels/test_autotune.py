@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from dit_quant.kernels import autotune
+from dit_quant.kernels import autotune, user_cache
 from dit_quant.kernels.tiles import TILES, bucket_of, candidates
 
 SHAPE = {"N": 3072, "K": 3072}
@@ -178,5 +178,5 @@ def test_default_place_is_the_users_cache_folder(name, variable, expected, monke
     monkeypatch.delenv(autotune.CACHE)
     monkeypatch.setenv(variable, str(tmp_path))
     # not os.name itself: pathlib looks at it
-    monkeypatch.setattr(autotune, "WINDOWS", name == "nt")
+    monkeypatch.setattr(user_cache, "WINDOWS", name == "nt")
     assert autotune.cache_file() == tmp_path / expected

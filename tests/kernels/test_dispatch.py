@@ -56,14 +56,19 @@ def run(shape: Shape, backend: str = "auto"):
 
 def test_order_by_device(fakes):
     assert dispatch.plan(CUDA) == Choice("int8_linear", "triton")
-    assert dispatch.plan(CPU) == Choice("int8_linear", "torch")
-    assert dispatch.plan(replace(CPU, device=torch.device("mps"))) == Choice("int8_linear", "torch")
+    assert dispatch.plan(CPU) == Choice("int8_linear", "native")
+    fakes.refusals["native"] = "no C compiler found"
+    reason = (("native", "no C compiler found"),)
+    dispatch.reset()
+    assert dispatch.plan(CPU) == Choice("int8_linear", "torch", reason)
+    assert dispatch.plan(replace(CPU, device=torch.device("mps"))) == Choice("int8_linear", "torch", reason)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_refusals_are_kept_in_order(fakes, count):
-    fakes.refusals = {name: f"{name} cannot" for name in backends.BACKENDS[:count]}
-    assert dispatch.plan(CUDA) == Choice("int8_linear", backends.BACKENDS[count], tuple(fakes.refusals.items()))
+    names = backends.order(CUDA.device)
+    fakes.refusals = {name: f"{name} cannot" for name in names[:count]}
+    assert dispatch.plan(CUDA) == Choice("int8_linear", names[count], tuple(fakes.refusals.items()))
 
 
 def test_everybody_refuses(fakes):
@@ -179,7 +184,7 @@ def test_what_ran_is_recorded_not_what_was_planned(fakes):
     dispatch.plan(CUDA)
     assert dispatch.recorded() == {}
     run(CPU)
-    assert dispatch.recorded() == {CPU: Choice("int8_linear", "torch")}
+    assert dispatch.recorded() == {CPU: Choice("int8_linear", "native")}
 
 
 @pytest.mark.parametrize(("M", "expected"), [(0, 0), (1, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192)])

@@ -1,0 +1,49 @@
+// Sixteen floats at a time: loads and stores of the three float types, and a team of threads.
+
+#ifndef DIT_QUANT_LANES_H
+#define DIT_QUANT_LANES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum { FP32, BF16, FP16 };
+
+// GOMP_parallel of the OpenMP runtime that torch runs on: a second pool of threads would fight with torch's
+typedef void (*parallel_t)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= LANES ? 0xFFFF : (__mmask16)((1u << count) - 1);
+}
+
+// x[at] and the next lanes, widened to fp32; lanes outside the mask are 0
+INLINE __m512 load_lanes(const void *x, int dtype, int64_t at, __mmask16 mask) {
+    if (dtype == FP32) return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
+    if (dtype == FP16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// fp32 -> bf16, ties to even; a NaN stays one
+INLINE __m256i bf16_lanes(__m512 v) {
+    __m512i bits = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+INLINE void store_lanes(void *y, int dtype, int64_t at, __mmask16 mask, __m512 v) {
+    if (dtype == FP32)
+        _mm512_mask_storeu_ps((float *)y + at, mask, v);
+    else if (dtype == BF16)
+        _mm256_mask_storeu_epi16((uint16_t *)y + at, mask, bf16_lanes(v));
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)y + at, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#endif

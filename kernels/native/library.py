@@ -1,0 +1,166 @@
+"""The C sources of this folder: compiled once with the machine's C compiler, kept in the user's cache, and loaded.
+
+Threads are those of the OpenMP runtime that torch itself runs on: a second pool would compete with the first.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..backends import first_line
+from ..user_cache import user_cache
+
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = ("quantizer.c", "product.c"), ("lanes.h",)
+CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
+# no contraction to fused multiply-adds: results are the reference's bits
+OPTIONS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+OPTIONS += tuple(f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS)
+COMPILERS = ("cc", "gcc", "clang")
+TIMEOUT = 120
+
+POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+TEAM = (POINTER, ctypes.c_uint)
+SIGNATURES = {
+    "quantize_activation": (
+        None,
+        # x, dtype, M, K, stride; offset, factor, order, symmetric; fixed range; codes, scale, zero; buffers
+        (*TEAM, POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER, INT, INT, *[POINTER] * 6),
+    ),
+    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; y, dtype, buffers
+    "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, POINTER, INT, POINTER)),
+    "product_buffer": (SIZE, (SIZE, SIZE)),
+}
+# as numbered in lanes.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions of the C sources. The first two start a team of threads, which they take as first arguments."""
+
+    quantize_activation: Callable[..., None]
+    linear: Callable[..., None]
+    product_buffer: Callable[[int, int], int]
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the native ops do not run. The first call compiles them."""
+    if device.type != "cpu":
+        return "runs on CPU only"
+    if dtype not in DTYPES:
+        return f"no {dtype}"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | str:
+    """The loaded library, or why there is none."""
+    if reason := unsupported():
+        return reason
+    try:
+        team = thread_team()
+        loaded = ctypes.CDLL(str(compiled()))
+        return Library(**{name: function(loaded, name, team) for name in SIGNATURES})
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        return first_line(error)
+
+
+def unsupported() -> str | None:
+    """What this machine lacks."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"written for Linux on x86_64, not {sys.platform} on {platform.machine()}"
+    missing = [flag for flag in CPU_FLAGS if flag not in cpu_flags()]
+    return f"this CPU has no {', '.join(missing)}" if missing else None
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU, as the kernel names them."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def thread_team() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch was linked with. Raises OSError, AttributeError."""
+    own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    address = ctypes.cast(own.GOMP_parallel, POINTER).value
+    assert address is not None
+    return address
+
+
+def function(loaded: ctypes.CDLL, name: str, team: int) -> Callable:
+    """A C function; where it starts a team of threads, with that team bound."""
+    result, arguments = SIGNATURES[name]
+    found = getattr(loaded, name)
+    found.restype, found.argtypes = result, arguments
+    if arguments[:2] != TEAM:
+        return found
+    return lambda *given: found(team, torch.get_num_threads(), *given)
+
+
+def compiled() -> Path:
+    """The shared library, compiled unless the cache has it.
+
+    Raises RuntimeError with the compiler's first complaint, or when there is no compiler.
+    """
+    digest = hashlib.sha256(" ".join(OPTIONS).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update((FOLDER / name).read_bytes())
+    folder = writable_cache()
+    path = folder / f"native-{digest.hexdigest()[:16]}.so"
+    # only what this user wrote is loaded
+    if path.is_file() and path.stat().st_uid == os.getuid():
+        return path
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        compile_to(temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def compile_to(path: str) -> None:
+    command = [*compiler(), *OPTIONS, *(str(FOLDER / name) for name in SOURCES), "-o", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    if done.returncode:
+        complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr or "no message")
+        raise RuntimeError(f"{command[0]} failed: {complaint.strip()}")
+
+
+def compiler() -> list[str]:
+    """$CC, else the first C compiler on the path. Raises RuntimeError when there is none."""
+    if named := shlex.split(os.environ.get("CC", "")):
+        return named
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise RuntimeError(f"no C compiler found ({', '.join(COMPILERS)}); install gcc for faster layers on the CPU")
+    return [found]
+
+
+def writable_cache() -> Path:
+    """The user's cache folder; where it cannot be written, one for this process."""
+    folder = user_cache()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="dit_quant-"))

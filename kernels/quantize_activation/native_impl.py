@@ -1,0 +1,74 @@
+"""Activation quantizer in C: one read of x, a row at a time in the first cache."""
+
+import torch
+from torch import Tensor
+
+from ..native import library
+from ..native.arguments import address, vector
+from ..numerics import lerp_rows
+
+ROTATIONS = (1, 4, 16, 64, 256)
+
+
+def refusal(device: torch.device, dtype: torch.dtype, hadamard: int) -> str | None:
+    """None, or why the op does not run."""
+    if hadamard not in ROTATIONS:
+        return f"no rotation in blocks of {hadamard}"
+    return library.refusal(device, dtype)
+
+
+@torch.no_grad()
+def quantize_activation(
+    x: Tensor,
+    *,
+    index: Tensor,
+    fraction: Tensor,
+    shift: Tensor | None = None,
+    smooth: Tensor | None = None,
+    hadamard: int = 1,
+    symmetric: bool = True,
+    static_scale: Tensor | None = None,
+    static_zero: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the reference, and bit-equal to it."""
+    native = library.library()
+    if isinstance(native, str):
+        raise RuntimeError(native)
+    M, K = x.shape
+    if K % hadamard:
+        raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    offset = None if shift is None else vector("shift", lerp_rows(shift, index, fraction), K, torch.float32)
+    factor = None if smooth is None else vector("smooth", smooth.float().reciprocal(), K, torch.float32)
+    fixed_scale = fixed_zero = scale = zero = None
+    if static_scale is not None:
+        fixed_scale = lerp_rows(static_scale[:, None], index, fraction)
+        if static_zero is not None:
+            fixed_zero = lerp_rows(static_zero[:, None], index, fraction).round()
+    else:
+        scale = torch.empty(M, 1)
+        zero = None if symmetric else torch.empty(M, 1)
+    codes = torch.empty(M, K, dtype=torch.int8)
+    buffers = torch.empty(torch.get_num_threads(), K)
+    native.quantize_activation(
+        address(x),
+        library.DTYPES[x.dtype],
+        M,
+        K,
+        x.stride(0),
+        address(offset),
+        address(factor),
+        hadamard,
+        int(symmetric),
+        address(fixed_scale),
+        address(fixed_zero),
+        address(codes),
+        address(scale),
+        address(zero),
+        address(buffers),
+    )
+    if fixed_scale is not None:
+        return codes, fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)
+    assert scale is not None
+    return codes, scale, zero

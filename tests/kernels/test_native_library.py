@@ -1,0 +1,180 @@
+"""Compiling and loading the C sources: what is kept, what is refused, and how that is said."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dit_quant.kernels import dispatch, user_cache
+from dit_quant.kernels.backends import Shape
+from dit_quant.kernels.native import library
+from host_location import ROOT
+
+CPU = Shape("int8_linear", torch.device("cpu"), torch.float32, 64, 64, 64)
+HAS_COMPILER = any(map(shutil.which, library.COMPILERS))
+runs = pytest.mark.skipif(isinstance(library.library(), str), reason=f"native: {library.library()}")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, and no choice or library that other tests left or will find."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    library.library.cache_clear()
+    dispatch.reset()
+
+
+def fake_compiler(path: Path, script: str) -> str:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_machine_with_the_instructions_and_a_compiler_runs_it():
+    """Otherwise every other test here would be skipped in silence."""
+    if library.unsupported() is None and HAS_COMPILER:
+        assert isinstance(library.library(), library.Library)
+
+
+@runs
+def test_compiled_once(monkeypatch, tmp_path):
+    library.library()
+    (kept,) = (tmp_path / "dit_quant").iterdir()
+    assert kept.name.startswith("native-")
+    library.library.cache_clear()
+    monkeypatch.setattr(library, "compile_to", lambda path: pytest.fail("compiled again"))
+    assert isinstance(library.library(), library.Library)
+
+
+@runs
+def test_no_compiler_is_needed_once_compiled(monkeypatch):
+    library.library()
+    library.library.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert isinstance(library.library(), library.Library)
+
+
+@runs
+def test_a_changed_source_is_compiled_afresh(monkeypatch, tmp_path):
+    copies = tmp_path / "sources"
+    copies.mkdir()
+    for name in (*library.SOURCES, *library.HEADERS):
+        shutil.copy(library.FOLDER / name, copies)
+    monkeypatch.setattr(library, "FOLDER", copies)
+    first = library.compiled()
+    (copies / "lanes.h").write_text((copies / "lanes.h").read_text() + "// changed\n")
+    assert library.compiled() != first
+
+
+@runs
+def test_what_another_user_wrote_is_not_loaded(monkeypatch):
+    library.compiled()
+    calls = []
+    monkeypatch.setattr(library, "compile_to", lambda path: calls.append(path))
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    library.compiled()
+    assert calls
+
+
+@pytest.mark.skipif(library.unsupported() is not None, reason=str(library.unsupported()))
+def test_no_compiler_is_a_reason_and_torch_runs(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    choice = dispatch.plan(CPU)
+    assert choice.backend == "torch"
+    assert dict(choice.refusals)["native"].startswith("no C compiler found (cc, gcc, clang)")
+
+
+@pytest.mark.skipif(library.unsupported() is not None, reason=str(library.unsupported()))
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo note >&2; echo 'x.c:1: error: unknown option -mavx512vnni' >&2; exit 1", "error: unknown option"),
+        ("exit 3", "failed: no message"),
+        ('for last; do :; done; echo "not a library" > "$last"', "invalid ELF header"),
+    ],
+    ids=["complains", "silent", "writes nonsense"],
+)
+def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(monkeypatch, tmp_path, script, reason):
+    monkeypatch.setenv("CC", fake_compiler(tmp_path / "broken-cc", script))
+    choice = dispatch.plan(CPU)
+    assert choice.backend == "torch"
+    found = dict(choice.refusals)["native"]
+    assert reason in found or "file too short" in found
+    assert not list((tmp_path / "dit_quant").glob("tmp*"))
+
+
+@runs
+def test_the_compiler_of_the_environment_comes_first(monkeypatch, tmp_path):
+    log = tmp_path / "log"
+    real = next(filter(None, map(shutil.which, library.COMPILERS)))
+    script = f'echo "$1" > {log}; shift; exec {real} "$@"'
+    monkeypatch.setenv("CC", fake_compiler(tmp_path / "my-cc", script) + " --marker")
+    assert isinstance(library.library(), library.Library)
+    assert log.read_text().strip() == "--marker"
+
+
+@pytest.mark.parametrize("flag", library.CPU_FLAGS)
+def test_missing_instructions_are_named(monkeypatch, flag):
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS} - {flag})
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    assert library.library() == f"this CPU has no {flag}"
+
+
+@pytest.mark.parametrize(("system", "machine"), [("win32", "AMD64"), ("darwin", "arm64"), ("linux", "aarch64")])
+def test_other_machines_are_named(monkeypatch, system, machine):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(library.platform, "machine", lambda: machine)
+    assert library.library() == f"written for Linux on x86_64, not {system} on {machine}"
+
+
+def test_other_devices_and_types_are_refused():
+    assert library.refusal(torch.device("cuda"), torch.float32) == "runs on CPU only"
+    assert library.refusal(torch.device("cpu"), torch.float64) == "no torch.float64"
+
+
+@runs
+def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(monkeypatch, tmp_path):
+    (tmp_path / "dit_quant").write_text("a file where the folder should be")
+    assert isinstance(library.library(), library.Library)
+    assert user_cache.user_cache().is_file()
+
+
+@runs
+@pytest.mark.parametrize("op", ["quantize_activation", "int8_linear", "int4_linear"])
+def test_every_float_type_is_taken(op):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dispatch.plan(replace(CPU, op=op, dtype=dtype)).backend == "native"
+    assert dispatch.plan(replace(CPU, op=op, dtype=torch.float64)).backend == "torch"
+
+
+def test_rotations_that_it_does_not_know_are_refused():
+    choice = dispatch.plan(replace(CPU, op="quantize_activation", hadamard=1024))
+    assert dict(choice.refusals)["native"] == "no rotation in blocks of 1024"
+
+
+def test_sources_are_part_of_an_installed_pack():
+    """Not found by looking for __init__.py; without them an installed pack would be slower in silence."""
+    tomllib = pytest.importorskip("tomllib")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = data["dit_quant.kernels.native"]
+    for name in (*library.SOURCES, *library.HEADERS):
+        assert any(Path(name).match(pattern) for pattern in patterns)
+
+
+def test_importing_the_kernels_compiles_nothing(tmp_path):
+    """The first call does."""
+    code = "import dit_quant.kernels, dit_quant.kernels.int8_linear.native_impl"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+    assert not (tmp_path / "dit_quant").exists()
