@@ -54,8 +54,7 @@ def int8_linear(
     )
     column_sum = vector("column_sum", column_sum, N, torch.int32)
     y = torch.empty(M, N, dtype=dtype)
-    # a multiple of the alignment for every thread
-    buffers = torch.empty(torch.get_num_threads() * native.product_buffer(M, K) + ALIGNMENT, dtype=torch.uint8)
+    buffer = torch.empty(native.linear_buffer(M, K, torch.get_num_threads()) + ALIGNMENT, dtype=torch.uint8)
     native.linear(
         address(a),
         address(w),
@@ -73,7 +72,7 @@ def int8_linear(
         address(c),
         address(y),
         library.DTYPES[dtype],
-        -(-buffers.data_ptr() // ALIGNMENT) * ALIGNMENT,
+        -(-buffer.data_ptr() // ALIGNMENT) * ALIGNMENT,
     )
     return y
 

@@ -8,6 +8,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
+#define ALL ((__mmask16)0xFFFF)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 enum { FP32, BF16, FP16 };
@@ -16,7 +17,7 @@ enum { FP32, BF16, FP16 };
 typedef void (*parallel_t)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
 INLINE __mmask16 first_lanes(int64_t count) {
-    return count >= LANES ? 0xFFFF : (__mmask16)((1u << count) - 1);
+    return count >= LANES ? ALL : (__mmask16)((1u << count) - 1);
 }
 
 // x[at] and the next lanes, widened to fp32; lanes outside the mask are 0
@@ -37,13 +38,22 @@ INLINE __m256i bf16_lanes(__m512 v) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
+INLINE __m256i half_lanes(int dtype, __m512 v) {
+    return dtype == BF16 ? bf16_lanes(v) : _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// v -> y[at] and the next; a whole register by a plain store, which on Zen 4 is many times faster than a masked one
 INLINE void store_lanes(void *y, int dtype, int64_t at, __mmask16 mask, __m512 v) {
-    if (dtype == FP32)
-        _mm512_mask_storeu_ps((float *)y + at, mask, v);
-    else if (dtype == BF16)
-        _mm256_mask_storeu_epi16((uint16_t *)y + at, mask, bf16_lanes(v));
+    float *wide = (float *)y + at;
+    uint16_t *narrow = (uint16_t *)y + at;
+    if (dtype == FP32 && mask == ALL)
+        _mm512_storeu_ps(wide, v);
+    else if (dtype == FP32)
+        _mm512_mask_storeu_ps(wide, mask, v);
+    else if (mask == ALL)
+        _mm256_storeu_si256((__m256i *)narrow, half_lanes(dtype, v));
     else
-        _mm256_mask_storeu_epi16((uint16_t *)y + at, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+        _mm256_mask_storeu_epi16(narrow, mask, half_lanes(dtype, v));
 }
 
 #endif

@@ -39,9 +39,9 @@ SIGNATURES = {
         # x, dtype, M, K, stride; offset, factor, order, symmetric; fixed range; codes, scale, zero; buffers
         (*TEAM, POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER, INT, INT, *[POINTER] * 6),
     ),
-    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; y, dtype, buffers
+    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; y, dtype, buffer
     "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, POINTER, INT, POINTER)),
-    "product_buffer": (SIZE, (SIZE, SIZE)),
+    "linear_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
 }
 # as numbered in lanes.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -53,7 +53,7 @@ class Library:
 
     quantize_activation: Callable[..., None]
     linear: Callable[..., None]
-    product_buffer: Callable[[int, int], int]
+    linear_buffer: Callable[[int, int, int], int]
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -11,10 +11,11 @@
 // accumulators of a tile: 12 tokens x 32 out-features in 24 registers
 #define TILE_M 12
 #define PANEL 32
-// tokens that share one unpacking of the weight: as many as fit, within limits
+// packed tokens that are multiplied by every panel before the next ones are packed: they stay in the last cache
 #define CHUNK_BYTES 4194304
 #define FEWEST_TILES 16
-#define MOST_TILES 64
+// items of work for each thread, where there are so many: the last ones must not be waited for long
+#define ITEMS 6
 // an output of fewer bytes comes from memory that is mapped already
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
@@ -29,18 +30,24 @@ typedef struct {
     const int32_t *column_sum;
     void *y;
     int dtype;
-    int64_t chunks, portions, next_item, workers;
-    uint8_t *buffers;
-    int64_t buffer_size;
+    // of this chunk: its tiles, packed, and into how many parts they are split; of the call: counters and scratch
+    int64_t tile, count, parts, next, workers;
+    uint8_t *tokens, *panels;
+    unsigned threads;
 } Product;
 
 INLINE int64_t words(int64_t K) { return (K + 3) / 4; }
 INLINE int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 INLINE int64_t tiles(int64_t M) { return (M + TILE_M - 1) / TILE_M; }
 
-INLINE int64_t chunk_tiles(int64_t K) {
-    int64_t fit = CHUNK_BYTES / (words(K) * 4 * TILE_M);
-    return fit < FEWEST_TILES ? FEWEST_TILES : MIN(fit, MOST_TILES);
+// with room behind it, see pack_tile
+INLINE int64_t tile_size(int64_t K) { return (words(K) * 4 * TILE_M + 16 + 63) / 64 * 64; }
+// with room for the accumulators' first values
+INLINE int64_t panel_size(int64_t K) { return (words(K) * 4 + 4) * PANEL; }
+
+INLINE int64_t chunk_tiles(int64_t M, int64_t K) {
+    int64_t fit = CHUNK_BYTES / tile_size(K);
+    return MIN(tiles(M), fit < FEWEST_TILES ? FEWEST_TILES : fit);
 }
 
 // row i, word j <-> row j, word i
@@ -70,7 +77,8 @@ INLINE __mmask64 first_bytes(int64_t count) {
     return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
 }
 
-// a [rows <= 12, K] -> [K / 4, 12] words of four unsigned codes; missing rows and columns are code 0
+// a [rows <= 12, K] -> [K / 4, 12] words of four unsigned codes; missing rows and columns are code 0. Whole registers
+// are stored, of which the next one overwrites a quarter: 16 bytes behind the tile are written to.
 static void pack_tile(const int8_t *a, int64_t rows, int64_t K, uint8_t *out) {
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     for (int64_t k = 0; k < K; k += 64) {
@@ -80,7 +88,7 @@ static void pack_tile(const int8_t *a, int64_t rows, int64_t K, uint8_t *out) {
             r[i] = i < rows ? _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, a + i * K + k), flip) : flip;
         transpose(r);
         for (int64_t j = 0; j < MIN(16, words(K) - k / 4); j++)
-            _mm512_mask_storeu_epi32(out + (k / 4 + j) * TILE_M * 4, (1 << TILE_M) - 1, r[j]);
+            _mm512_storeu_si512(out + (k / 4 + j) * TILE_M * 4, r[j]);
     }
 }
 
@@ -170,10 +178,16 @@ INLINE void finish(const Product *p, int64_t m, int64_t n, __m512i sum) {
     store_lanes(p->y, p->dtype, m * p->N + n, mask, y);
 }
 
+// sum + the four products in every lane. Not the intrinsic: GCC would copy accumulators from register to register.
+INLINE void add_products(__m512i *sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
 // `count` tokens of a packed tile times a packed panel
 INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, const int32_t *first, int64_t m, int64_t n,
                      int64_t rows, const int count) {
     __m512i sum[TILE_M][2];
+#pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
         sum[i][0] = _mm512_load_si512(first);
         sum[i][1] = _mm512_load_si512(first + LANES);
@@ -183,8 +197,8 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, const
 #pragma GCC unroll 12
         for (int i = 0; i < count; i++) {
             __m512i x = _mm512_set1_epi32(((const int32_t *)a)[i]);
-            sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], x, low);
-            sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], x, high);
+            add_products(&sum[i][0], x, low);
+            add_products(&sum[i][1], x, high);
         }
         a += TILE_M * 4;
         w += PANEL * 4;
@@ -209,72 +223,72 @@ static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, 
         multiply(p, a, w, first, m, n, rows, 1);
 }
 
-// part `index` of `count` of a range, in whole units
-INLINE int64_t part(int64_t total, int64_t count, int64_t index) { return total * index / count; }
-
-// all of a chunk's tiles times some of the panels, which are unpacked one after the other
-static void run_item(const Product *p, int64_t item, uint8_t *buffer) {
-    int64_t chunk = item / p->portions, portion = item % p->portions, tile_size = words(p->K) * 4 * TILE_M;
-    int64_t tile = part(tiles(p->M), p->chunks, chunk), count = part(tiles(p->M), p->chunks, chunk + 1) - tile;
-    int64_t panel = part(panels(p->N), p->portions, portion), end = part(panels(p->N), p->portions, portion + 1);
-    int64_t row_size = p->levels ? p->K / 2 : p->K;
-    int32_t *first = (int32_t *)buffer;
-    uint8_t *w = buffer + PANEL * 4, *a = w + words(p->K) * 4 * PANEL;
-    for (int64_t t = 0; t < count; t++) {
-        int64_t m = (tile + t) * TILE_M;
-        pack_tile(p->a + m * p->K, p->M - m, p->K, a + t * tile_size);
+static void pack_tiles(void *data) {
+    Product *p = data;
+    int64_t t;
+    while ((t = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->count) {
+        int64_t m = (p->tile + t) * TILE_M;
+        pack_tile(p->a + m * p->K, p->M - m, p->K, p->tokens + t * tile_size(p->K));
     }
-    for (; panel < end; panel++) {
-        int64_t n = panel * PANEL, following = panel + 1 < end ? MIN(PANEL, p->N - n - PANEL) * row_size : 0;
-        const char *next = (const char *)p->w + (n + PANEL) * row_size;
+}
+
+// panel after panel, each times the chunk's tiles or a part of them
+static void multiply_panels(void *data) {
+    Product *p = data;
+    uint8_t *w = p->panels + __atomic_fetch_add(&p->workers, 1, __ATOMIC_RELAXED) * panel_size(p->K);
+    int32_t *first = (int32_t *)(w + words(p->K) * 4 * PANEL);
+    int64_t row_size = p->levels ? p->K / 2 : p->K, item;
+    while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < panels(p->N) * p->parts) {
+        int64_t part = item % p->parts, n = item / p->parts * PANEL;
+        int64_t start = p->count * part / p->parts, end = p->count * (part + 1) / p->parts;
+        // the panel that this thread is likely to take next comes from memory meanwhile
+        int64_t next = (item + p->threads) / p->parts * PANEL, ahead = MIN(PANEL, p->N - next) * row_size;
+        const char *from = (const char *)p->w + next * row_size;
         (p->levels ? pack_panel4 : pack_panel8)(p, n, w, first);
-        for (int64_t t = 0; t < count; t++) {
-            // the next panel comes from memory meanwhile
-            for (int64_t at = part(following, count, t); at < part(following, count, t + 1); at += 64)
-                _mm_prefetch(next + at, _MM_HINT_T1);
-            multiply_tile(p, a + t * tile_size, w, first, (tile + t) * TILE_M, n, p->M - (tile + t) * TILE_M);
+        for (int64_t t = start; t < end; t++) {
+            int64_t m = (p->tile + t) * TILE_M;
+            for (int64_t at = ahead * (t - start) / (end - start); at < ahead * (t - start + 1) / (end - start); at += 64)
+                _mm_prefetch(from + at, _MM_HINT_T1);
+            multiply_tile(p, p->tokens + t * tile_size(p->K), w, first, m, n, p->M - m);
         }
     }
 }
 
-static void work(void *data) {
-    Product *p = data;
-    uint8_t *buffer = p->buffers + __atomic_fetch_add(&p->workers, 1, __ATOMIC_RELAXED) * p->buffer_size;
-    int64_t item;
-    while ((item = __atomic_fetch_add(&p->next_item, 1, __ATOMIC_RELAXED)) < p->chunks * p->portions)
-        run_item(p, item, buffer);
+static void run(Product *p, parallel_t parallel, void (*work)(void *)) {
+    p->next = p->workers = 0;
+    parallel(work, p, p->threads, 0);
 }
 
-static void split(Product *p, int64_t threads) {
-    p->chunks = (tiles(p->M) + chunk_tiles(p->K) - 1) / chunk_tiles(p->K);
-    // two items a thread or more, and as many for each: the last ones must not be waited for
-    p->portions = 1;
-    while (p->portions < panels(p->N) && (p->chunks * p->portions < 2 * threads || p->chunks * p->portions % threads))
-        p->portions++;
-}
-
-// bytes of scratch memory that a thread needs
-int64_t product_buffer(int64_t M, int64_t K) {
-    int64_t rows = PANEL + MIN(tiles(M), chunk_tiles(K)) * TILE_M;
-    return (PANEL * 4 + rows * words(K) * 4 + 127) / 64 * 64;
+// bytes of scratch memory
+int64_t linear_buffer(int64_t M, int64_t K, unsigned threads) {
+    return chunk_tiles(M, K) * tile_size(K) + threads * panel_size(K);
 }
 
 // a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
 // column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; y [M, N];
-// buffers [threads, product_buffer(M, K)], aligned to 64 bytes
+// buffer [linear_buffer(M, K, threads)], aligned to 64 bytes
 void linear(parallel_t parallel, unsigned threads, const int8_t *a, const uint8_t *w, const uint8_t *levels,
             const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G, const float *row_scale,
             const float *row_zero, const float *column_scale, const int32_t *column_sum, const float *bias,
-            const float *correction, void *y, int dtype, uint8_t *buffers) {
-    Product p = {a, w, levels, table, M, N, K, G, row_scale, row_zero, column_scale, bias, correction, column_sum,
-                 y, dtype, 0, 0, 0, 0, buffers, product_buffer(M, K)};
-    int64_t nbytes = M * N * (dtype == FP32 ? 4 : 2);
+            const float *correction, void *y, int dtype, uint8_t *buffer) {
+    Product p = {.a = a, .w = w, .levels = levels, .table = table, .M = M, .N = N, .K = K, .G = G,
+                 .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
+                 .correction = correction, .column_sum = column_sum, .y = y, .dtype = dtype, .threads = threads};
+    int64_t most = chunk_tiles(M, K), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * (dtype == FP32 ? 4 : 2);
+    p.tokens = buffer;
+    p.panels = buffer + most * tile_size(K);
     if (nbytes >= LARGE) {
         // fresh memory: one page fault for 2 MiB in place of 512, which would cost a third of the product
         uintptr_t start = ((uintptr_t)y + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         uintptr_t stop = ((uintptr_t)y + nbytes) / HUGE_PAGE * HUGE_PAGE;
         if (stop > start) madvise((void *)start, stop - start, MADV_HUGEPAGE);
     }
-    split(&p, threads);
-    parallel(work, &p, threads, 0);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        p.tile = tiles(M) * chunk / chunks;
+        p.count = tiles(M) * (chunk + 1) / chunks - p.tile;
+        p.parts = 1;
+        while (threads > 1 && p.parts * 2 <= p.count && panels(N) * p.parts < ITEMS * threads) p.parts *= 2;
+        run(&p, parallel, pack_tiles);
+        run(&p, parallel, multiply_panels);
+    }
 }

@@ -19,28 +19,29 @@ typedef struct {
     int64_t next_row, workers;
 } Quantizer;
 
-// a stage of the rotation over four registers: sum of the four / 2 - the mirror image
+// sum of the four / 2 - one of them. Fused: halving is exact, so that the bits are those of two operations.
+INLINE __m512 mirrored(__m512 sum, __m512 v) { return _mm512_fmsub_ps(sum, _mm512_set1_ps(0.5f), v); }
+
+// a stage of the rotation over four registers: the mirror image of each is subtracted
 INLINE void butterfly(__m512 *v, int stride) {
     __m512 a = v[0], b = v[stride], c = v[2 * stride], d = v[3 * stride];
-    __m512 half = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)), _mm512_set1_ps(0.5f));
-    v[0] = _mm512_sub_ps(half, d);
-    v[stride] = _mm512_sub_ps(half, c);
-    v[2 * stride] = _mm512_sub_ps(half, b);
-    v[3 * stride] = _mm512_sub_ps(half, a);
+    __m512 sum = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+    v[0] = mirrored(sum, d);
+    v[stride] = mirrored(sum, c);
+    v[2 * stride] = mirrored(sum, b);
+    v[3 * stride] = mirrored(sum, a);
 }
 
 // the same between neighbours of four lanes (stride 1)
 INLINE __m512 butterfly_lanes(__m512 v) {
     __m512 pairs = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-    __m512 half = _mm512_mul_ps(_mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)), _mm512_set1_ps(0.5f));
-    return _mm512_sub_ps(half, _mm512_permute_ps(v, 0x1B));
+    return mirrored(_mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4E)), _mm512_permute_ps(v, 0x1B));
 }
 
 // and between the register's four quarters (stride 4)
 INLINE __m512 butterfly_quarters(__m512 v) {
     __m512 pairs = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
-    __m512 half = _mm512_mul_ps(_mm512_add_ps(pairs, _mm512_shuffle_f32x4(pairs, pairs, 0x4E)), _mm512_set1_ps(0.5f));
-    return _mm512_sub_ps(half, _mm512_shuffle_f32x4(v, v, 0x1B));
+    return mirrored(_mm512_add_ps(pairs, _mm512_shuffle_f32x4(pairs, pairs, 0x4E)), _mm512_shuffle_f32x4(v, v, 0x1B));
 }
 
 typedef struct {
@@ -51,38 +52,48 @@ typedef struct {
 INLINE void widen(Range *range, __m512 v, __mmask16 mask) {
     range->low = _mm512_mask_min_ps(range->low, mask, range->low, v);
     range->high = _mm512_mask_max_ps(range->high, mask, range->high, v);
-    range->nan |= _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    range->nan = _kor_mask16(range->nan, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q));
 }
 
-INLINE __m512 shifted(const Quantizer *q, const char *x, int dtype, int64_t at, __mmask16 mask) {
+INLINE __m512 shifted(const void *x, int dtype, const float *offset, const float *factor, int64_t at, __mmask16 mask) {
     __m512 v = load_lanes(x, dtype, at, mask);
-    if (q->offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, q->offset + at));
-    if (q->factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, q->factor + at));
+    if (offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, offset + at));
+    if (factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor + at));
     return v;
 }
 
-// x -> ((x - z) / s) H of one row, and its range
-INLINE Range transform(const Quantizer *q, const char *x, int dtype, int order, float *out) {
-    Range range = {_mm512_set1_ps(INFINITY), _mm512_set1_ps(-INFINITY), 0};
-    int count = order <= LANES ? 1 : order / LANES;
-    for (int64_t start = 0; start < q->K; start += count * LANES) {
-        __m512 v[16];
-        __mmask16 mask = first_lanes(q->K - start);
-        for (int i = 0; i < count; i++) {
-            v[i] = shifted(q, x, dtype, start + i * LANES, mask);
-            if (order >= 4) v[i] = butterfly_lanes(v[i]);
-            if (order >= 16) v[i] = butterfly_quarters(v[i]);
-        }
-        if (order >= 64)
-            for (int i = 0; i < count; i += 4) butterfly(v + i, 1);
-        if (order >= 256)
-            for (int i = 0; i < 4; i++) butterfly(v + i, 4);
-        for (int i = 0; i < count; i++) {
-            widen(&range, v[i], mask);
-            _mm512_mask_storeu_ps(out + start + i * LANES, mask, v[i]);
-        }
+// x -> ((x - z) / s) H of `count` registers of a row, the last of them masked
+INLINE void transform(const void *x, int dtype, const float *offset, const float *factor, int order, int64_t start,
+                      __mmask16 mask, int64_t next, Range *range, float *out) {
+    __m512 v[16];
+    const int count = order <= LANES ? 1 : order / LANES;
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+        // the next row comes from memory meanwhile
+        _mm_prefetch((const char *)x + next + (start + i * LANES) * (dtype == FP32 ? 4 : 2), _MM_HINT_T0);
+        v[i] = shifted(x, dtype, offset, factor, start + i * LANES, mask);
+        if (order >= 4) v[i] = butterfly_lanes(v[i]);
+        if (order >= 16) v[i] = butterfly_quarters(v[i]);
     }
-    return range;
+    if (order >= 64)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i += 4) butterfly(v + i, 1);
+    if (order >= 256)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) butterfly(v + i, 4);
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++) {
+        if (range) widen(range, v[i], mask);
+        store_lanes(out, FP32, start + i * LANES, mask, v[i]);
+    }
+}
+
+INLINE void transform_row(const void *x, int dtype, const float *offset, const float *factor, int order, int64_t K,
+                          int64_t next, Range *range, float *out) {
+    const int64_t step = order <= LANES ? LANES : order;
+    int64_t start = 0;
+    for (; start + step <= K; start += step) transform(x, dtype, offset, factor, order, start, ALL, next, range, out);
+    if (start < K) transform(x, dtype, offset, factor, order, start, first_lanes(K - start), next, range, out);
 }
 
 INLINE float safe_scale(float extent, float qmax) {
@@ -104,27 +115,36 @@ INLINE void row_range(const Range *range, int symmetric, float *scale, float *ze
     *zero = -QMAX - nearbyintf(low * (1.0f / fine));
 }
 
+INLINE void encode_lanes(const float *v, __mmask16 mask, __m512 inverse, __m512 offset, int8_t *codes) {
+    __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, v), inverse);
+    y = _mm512_add_ps(_mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), offset);
+    // in this order of arguments a NaN passes, and becomes code 0 as in torch
+    y = _mm512_min_ps(_mm512_set1_ps(QMAX), _mm512_max_ps(_mm512_set1_ps(-QMAX), y));
+    __m128i rounded = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y));
+    if (mask == ALL)
+        _mm_storeu_si128((__m128i *)codes, rounded);
+    else
+        _mm_mask_storeu_epi8(codes, mask, rounded);
+}
+
 INLINE void encode(const float *v, int64_t K, float scale, float zero, int8_t *codes) {
     __m512 inverse = _mm512_set1_ps(1.0f / scale), offset = _mm512_set1_ps(zero);
-    __m512 low = _mm512_set1_ps(-QMAX), high = _mm512_set1_ps(QMAX);
-    for (int64_t at = 0; at < K; at += LANES) {
-        __mmask16 mask = first_lanes(K - at);
-        __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, v + at), inverse);
-        y = _mm512_add_ps(_mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), offset);
-        // in this order of arguments a NaN passes, and becomes code 0 as in torch
-        y = _mm512_min_ps(high, _mm512_max_ps(low, y));
-        _mm_mask_storeu_epi8(codes + at, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y)));
-    }
+    int64_t at = 0;
+    for (; at + LANES <= K; at += LANES) encode_lanes(v + at, ALL, inverse, offset, codes + at);
+    if (at < K) encode_lanes(v + at, first_lanes(K - at), inverse, offset, codes + at);
 }
 
 INLINE void quantize_row(Quantizer *q, int64_t row, int dtype, int order, float *buffer) {
-    const char *x = (const char *)q->x + row * q->stride * (dtype == FP32 ? 4 : 2);
-    Range range = transform(q, x, dtype, order, buffer);
+    int64_t next = q->stride * (dtype == FP32 ? 4 : 2);
+    const char *x = (const char *)q->x + row * next;
     float scale, zero;
     if (q->fixed_scale) {
+        transform_row(x, dtype, q->offset, q->factor, order, q->K, next, NULL, buffer);
         scale = *q->fixed_scale;
         zero = q->fixed_zero ? *q->fixed_zero : 0.0f;
     } else {
+        Range range = {_mm512_set1_ps(INFINITY), _mm512_set1_ps(-INFINITY), 0};
+        transform_row(x, dtype, q->offset, q->factor, order, q->K, next, &range, buffer);
         row_range(&range, q->symmetric, &scale, &zero);
         q->scale[row] = scale;
         if (q->zero) q->zero[row] = zero;
