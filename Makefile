@@ -23,6 +23,8 @@ TORCH ?= torch==2.13.0
 
 # threads that spin while they wait are 20 times slower when other programs want the cores
 export OMP_WAIT_POLICY ?= PASSIVE
+# compiled C and tuning results
+export DIT_QUANT_CACHE ?= $(CURDIR)/.venv/cache
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check

@@ -36,7 +36,7 @@ def enabled() -> bool:
 
 
 def cache_file() -> Path:
-    """Where results are kept: $DIT_QUANT_AUTOTUNE_CACHE, else in the platform's cache folder of the user."""
+    """Where results are kept: $DIT_QUANT_AUTOTUNE_CACHE, else in our cache folder of the user."""
     if named := os.environ.get(CACHE):
         return Path(named)
     return user_cache() / "autotune.json"

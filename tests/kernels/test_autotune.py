@@ -176,7 +176,14 @@ def test_two_threads_measure_once():
 )
 def test_default_place_is_the_users_cache_folder(name, variable, expected, monkeypatch, tmp_path):
     monkeypatch.delenv(autotune.CACHE)
+    monkeypatch.delenv(user_cache.CACHE, raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     # not os.name itself: pathlib looks at it
     monkeypatch.setattr(user_cache, "WINDOWS", name == "nt")
     assert autotune.cache_file() == tmp_path / expected
+
+
+def test_one_variable_moves_all_caches(monkeypatch, tmp_path):
+    monkeypatch.delenv(autotune.CACHE)
+    monkeypatch.setenv(user_cache.CACHE, str(tmp_path))
+    assert autotune.cache_file() == tmp_path / "autotune.json"

@@ -22,7 +22,7 @@ runs = pytest.mark.skipif(isinstance(library.library(), str), reason=f"native: {
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """An empty cache, and no choice or library that other tests left or will find."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(user_cache.CACHE, str(tmp_path / "cache"))
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     forget()
     yield
@@ -49,7 +49,7 @@ def test_a_machine_with_the_instructions_and_a_compiler_runs_it():
 @runs
 def test_compiled_once(monkeypatch, tmp_path):
     library.library()
-    (kept,) = (tmp_path / "dit_quant").iterdir()
+    (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.startswith("native-")
     library.library.cache_clear()
     monkeypatch.setattr(library, "compile_to", lambda path: pytest.fail("compiled again"))
@@ -111,7 +111,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(monkeypatch, tmp_p
     assert choice.backend == "torch"
     found = dict(choice.refusals)["native"]
     assert reason in found or "file too short" in found
-    assert not list((tmp_path / "dit_quant").glob("tmp*"))
+    assert not list((tmp_path / "cache").glob("tmp*"))
 
 
 @runs
@@ -146,7 +146,7 @@ def test_other_devices_and_types_are_refused():
 
 @runs
 def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(monkeypatch, tmp_path):
-    (tmp_path / "dit_quant").write_text("a file where the folder should be")
+    (tmp_path / "cache").write_text("a file where the folder should be")
     assert isinstance(library.library(), library.Library)
     assert user_cache.user_cache().is_file()
 
@@ -176,5 +176,5 @@ def test_sources_are_part_of_an_installed_pack():
 def test_importing_the_kernels_compiles_nothing(tmp_path):
     """The first call does."""
     code = "import dit_quant.kernels, dit_quant.kernels.int8_linear.native_impl"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
-    assert not (tmp_path / "dit_quant").exists()
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {user_cache.CACHE: str(tmp_path / "new")})
+    assert not (tmp_path / "new").exists()
