@@ -7,6 +7,7 @@ import torch
 from benchmark_scripts import load
 from dit_quant.kernels import backends, dispatch
 from dit_quant.kernels.int8_linear import torch_impl as int8_impl
+from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import torch_impl as quantizer_impl
 
 kernels, checks, layers, shapes, timing = (
@@ -15,6 +16,16 @@ kernels, checks, layers, shapes, timing = (
 CPU = torch.device("cpu")
 TINY = shapes.Layer("PixArt", "attention projection", 64, 96)
 PRESETS = {"W8A8", "W8A8 fast", "W8A8 static", "W4A8"}
+
+
+@pytest.fixture(autouse=True)
+def _torch_alone(request, monkeypatch):
+    """As on a machine without a compiler; `native` in a test's name: as it is."""
+    if "native" not in request.node.name:
+        monkeypatch.setattr(backends, "PORTABLE", ("torch", "reference"))
+    dispatch.reset()
+    yield
+    dispatch.reset()
 
 
 @pytest.fixture
@@ -69,6 +80,16 @@ def test_writes_times_ratios_and_shares(tiny, tmp_path, capsys):
         # 64 columns are no whole rotation of 256
         assert "native int8 + ConvRot" in row["absent"]
     assert "| PixArt attention projection | 20 | 64 | 96 | float32 |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=f"native: {library()}")
+def test_native_is_what_a_cpu_runs(tiny, tmp_path):
+    status, result = written(tmp_path)
+    assert status == 0
+    assert {f"{op}, {name}" for op in checks.OPS for name in ("native", "torch")} == set(result["passed"])
+    for row in result["rows"]:
+        assert all(row["timed"][preset]["backends"] == ["native"] for preset in PRESETS)
+        assert {"int8_linear of W8A8, native", "int8_linear of W8A8, torch"} < set(row["timed"])
 
 
 def test_an_op_that_is_wrong_is_not_timed(tiny, tmp_path, replace, capsys):
