@@ -4,11 +4,8 @@ import torch
 from torch import Tensor
 
 from ..native import library
-from ..native.arguments import address, vector
-from ..numerics import lerp_rows
-
-# of a cache line
-ALIGNMENT = 64
+from ..native.arguments import address, table_row, vector
+from ..native.scratch import scratch
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -16,7 +13,6 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return library.refusal(device, dtype)
 
 
-@torch.no_grad()
 def int8_linear(
     a: Tensor,
     w: Tensor,
@@ -41,7 +37,7 @@ def int8_linear(
     check_codes(a, w, levels)
     if row_zero is not None and column_sum is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
-    c = None if correction is None else lerp_rows(correction, index, fraction)
+    c = None if correction is None else table_row(correction, index, fraction)
     a, w = a.contiguous(), w.contiguous()
     levels = None if levels is None else levels.contiguous()
     table = vector("table", table, 16, torch.int8)
@@ -54,7 +50,6 @@ def int8_linear(
     )
     column_sum = vector("column_sum", column_sum, N, torch.int32)
     y = torch.empty(M, N, dtype=dtype)
-    buffer = torch.empty(native.linear_buffer(M, K, torch.get_num_threads()) + ALIGNMENT, dtype=torch.uint8)
     native.linear(
         address(a),
         address(w),
@@ -72,7 +67,7 @@ def int8_linear(
         address(c),
         address(y),
         library.DTYPES[dtype],
-        -(-buffer.data_ptr() // ALIGNMENT) * ALIGNMENT,
+        scratch(native.linear_buffer(M, K, torch.get_num_threads())),
     )
     return y
 

@@ -14,8 +14,9 @@
 // packed tokens that are multiplied by every panel before the next ones are packed: they stay in the last cache
 #define CHUNK_BYTES 4194304
 #define FEWEST_TILES 16
-// items of work for each thread, where there are so many: the last ones must not be waited for long
-#define ITEMS 6
+// the last panels, so many a thread, are taken in parts, so many a thread: none must be waited for long
+#define LAST_PANELS 2
+#define LAST_PARTS 8
 // an output of fewer bytes comes from memory that is mapped already
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
@@ -30,8 +31,8 @@ typedef struct {
     const int32_t *column_sum;
     void *y;
     int dtype;
-    // of this chunk: its tiles, packed, and into how many parts they are split; of the call: counters and scratch
-    int64_t tile, count, parts, next, workers;
+    // the chunk: its tiles, the panels that are multiplied by all of them, the parts in which the others are
+    int64_t tile, count, whole, parts, next, workers;
     uint8_t *tokens, *panels;
     unsigned threads;
 } Product;
@@ -162,20 +163,25 @@ INLINE void pack_panel(const Product *product, int64_t n, int bits, uint8_t *out
 static void pack_panel8(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 8, out, first); }
 static void pack_panel4(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 4, out, first); }
 
-// row scale * column scale * (sum - zero * column sum) + b + c, in the reference's order of operations
-INLINE void finish(const Product *p, int64_t m, int64_t n, __m512i sum) {
+// row scale * column scale * (sum - zero * column sum) + b + c, in the reference's order of operations, of one half of
+// a tile: rows m and following, columns n and following
+INLINE void finish(const Product *p, int64_t m, int64_t n, int64_t rows, const int count, __m512i sum[][2], int half) {
     if (n >= p->N) return;
     __mmask16 mask = first_lanes(p->N - n);
-    __m512 y = _mm512_cvtepi32_ps(sum);
-    if (p->row_zero) {
-        __m512 column = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, p->column_sum + n));
-        y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(p->row_zero[m]), column));
+    __m512 none = _mm512_setzero_ps(), scale = _mm512_maskz_loadu_ps(mask, p->column_scale + n);
+    __m512 column = p->row_zero ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, p->column_sum + n)) : none;
+    __m512 bias = p->bias ? _mm512_maskz_loadu_ps(mask, p->bias + n) : none;
+    __m512 correction = p->correction ? _mm512_maskz_loadu_ps(mask, p->correction + n) : none;
+#pragma GCC unroll 12
+    for (int i = 0; i < count; i++) {
+        if (i >= rows) break;
+        __m512 y = _mm512_cvtepi32_ps(sum[i][half]);
+        if (p->row_zero) y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(p->row_zero[m + i]), column));
+        y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(p->row_scale[m + i])), scale);
+        if (p->bias) y = _mm512_add_ps(y, bias);
+        if (p->correction) y = _mm512_add_ps(y, correction);
+        store_lanes(p->y, p->dtype, (m + i) * p->N + n, mask, y);
     }
-    y = _mm512_mul_ps(y, _mm512_set1_ps(p->row_scale[m]));
-    y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, p->column_scale + n));
-    if (p->bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p->bias + n));
-    if (p->correction) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p->correction + n));
-    store_lanes(p->y, p->dtype, m * p->N + n, mask, y);
 }
 
 // sum + the four products in every lane. Not the intrinsic: GCC would copy accumulators from register to register.
@@ -203,12 +209,8 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, const
         a += TILE_M * 4;
         w += PANEL * 4;
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < count; i++) {
-        if (i >= rows) break;
-        finish(p, m + i, n, sum[i][0]);
-        finish(p, m + i, n + LANES, sum[i][1]);
-    }
+    finish(p, m, n, rows, count, sum, 0);
+    finish(p, m, n + LANES, rows, count, sum, 1);
 }
 
 static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, const int32_t *first, int64_t m,
@@ -232,18 +234,19 @@ static void pack_tiles(void *data) {
     }
 }
 
-// panel after panel, each times the chunk's tiles or a part of them
+// panel after panel, each times the chunk's tiles or, near the end, a part of them
 static void multiply_panels(void *data) {
     Product *p = data;
     uint8_t *w = p->panels + __atomic_fetch_add(&p->workers, 1, __ATOMIC_RELAXED) * panel_size(p->K);
     int32_t *first = (int32_t *)(w + words(p->K) * 4 * PANEL);
-    int64_t row_size = p->levels ? p->K / 2 : p->K, item;
-    while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < panels(p->N) * p->parts) {
-        int64_t part = item % p->parts, n = item / p->parts * PANEL;
-        int64_t start = p->count * part / p->parts, end = p->count * (part + 1) / p->parts;
+    int64_t row_size = p->levels ? p->K / 2 : p->K, items = p->whole + (panels(p->N) - p->whole) * p->parts, item;
+    while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < items) {
+        int64_t late = item - p->whole, panel = late < 0 ? item : p->whole + late / p->parts;
+        int64_t part = late < 0 ? 0 : late % p->parts, parts = late < 0 ? 1 : p->parts;
+        int64_t start = p->count * part / parts, end = p->count * (part + 1) / parts, n = panel * PANEL;
         // the panel that this thread is likely to take next comes from memory meanwhile
-        int64_t next = (item + p->threads) / p->parts * PANEL, ahead = MIN(PANEL, p->N - next) * row_size;
-        const char *from = (const char *)p->w + next * row_size;
+        int64_t ahead = MIN(PANEL, p->N - n - p->threads * PANEL) * row_size;
+        const char *from = (const char *)p->w + (n + p->threads * PANEL) * row_size;
         (p->levels ? pack_panel4 : pack_panel8)(p, n, w, first);
         for (int64_t t = start; t < end; t++) {
             int64_t m = (p->tile + t) * TILE_M;
@@ -286,8 +289,10 @@ void linear(parallel_t parallel, unsigned threads, const int8_t *a, const uint8_
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         p.tile = tiles(M) * chunk / chunks;
         p.count = tiles(M) * (chunk + 1) / chunks - p.tile;
+        int64_t last = threads > 1 ? MIN(panels(N), LAST_PANELS * threads) : 0;
+        p.whole = panels(N) - last;
         p.parts = 1;
-        while (threads > 1 && p.parts * 2 <= p.count && panels(N) * p.parts < ITEMS * threads) p.parts *= 2;
+        while (p.parts * 2 <= p.count && last * p.parts < LAST_PARTS * threads) p.parts *= 2;
         run(&p, parallel, pack_tiles);
         run(&p, parallel, multiply_panels);
     }

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..native import library
-from ..native.arguments import address, vector
-from ..numerics import lerp_rows
+from ..native.arguments import address, table_row, vector
+from ..native.scratch import scratch
 
 ROTATIONS = (1, 4, 16, 64, 256)
 
@@ -17,7 +17,6 @@ def refusal(device: torch.device, dtype: torch.dtype, hadamard: int) -> str | No
     return library.refusal(device, dtype)
 
 
-@torch.no_grad()
 def quantize_activation(
     x: Tensor,
     *,
@@ -39,18 +38,17 @@ def quantize_activation(
         raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
     if x.stride(1) != 1:
         x = x.contiguous()
-    offset = None if shift is None else vector("shift", lerp_rows(shift, index, fraction), K, torch.float32)
+    offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
     factor = None if smooth is None else vector("smooth", smooth.float().reciprocal(), K, torch.float32)
     fixed_scale = fixed_zero = scale = zero = None
     if static_scale is not None:
-        fixed_scale = lerp_rows(static_scale[:, None], index, fraction)
+        fixed_scale = table_row(static_scale[:, None], index, fraction)
         if static_zero is not None:
-            fixed_zero = lerp_rows(static_zero[:, None], index, fraction).round()
+            fixed_zero = table_row(static_zero[:, None], index, fraction).round()
     else:
         scale = torch.empty(M, 1)
         zero = None if symmetric else torch.empty(M, 1)
     codes = torch.empty(M, K, dtype=torch.int8)
-    buffers = torch.empty(torch.get_num_threads(), K)
     native.quantize_activation(
         address(x),
         library.DTYPES[x.dtype],
@@ -66,7 +64,7 @@ def quantize_activation(
         address(codes),
         address(scale),
         address(zero),
-        address(buffers),
+        scratch(torch.get_num_threads() * K * 4),
     )
     if fixed_scale is not None:
         return codes, fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)
