@@ -32,12 +32,14 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     constexprs: dict[str, object] = {f"{name}_ptr": None for name in pointers if name not in present}
     signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16", "up_stride": "i32:16"}
     constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order}
+    options: dict[str, object] = {"enable_fp_fusion": False}
     if tile is None:
         constexprs |= LONG_CONSTANTS
     else:
         signature |= {"tokens": "i32", "gamma_stride": "i32:16", "beta_stride": "i32:16", "eps": "fp32"}
         constexprs |= tile.constants(K)
-    warps = constexprs.pop("num_warps")
+        options |= tile.compiler_options(ranges, prologue)
+    options["num_warps"] = constexprs.pop("num_warps")
     return Compilation(
         name=f"{prologue} {dtype} K{K} H{order} {ranges} {tables}",
         module=MODULE,
@@ -45,7 +47,7 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
         signature=signature,
         constexprs=constexprs,
         capability=capability,
-        options={"num_warps": warps, "enable_fp_fusion": False},
+        options=options,
     )
 
 
@@ -78,4 +80,10 @@ def compilations(all: bool = False):
         yield compilation(3072, 90, order=256, prologue="layer"), ""
         yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""
         yield compilation(12288, 90, order=256, prologue="swiglu"), ""
-        yield compilation(12288, 90, prologue="gelu"), ""
+        # forms that spill where the compiler is not told how many registers it has
+        yield compilation(12288, 100, order=256, tables="plain"), ""
+        yield compilation(13824, 90, order=256, ranges="symmetric", tables="plain"), ""
+        yield compilation(13824, 90, prologue="gelu", dtype="fp32", tables="plain"), ""
+        yield compilation(15360, 90, tables="plain"), ""
+        for K, capability in ((1536, 100), (3072, 120)):
+            yield compilation(K, capability, order=256, ranges="static", dtype="fp32", tables="plain"), ""

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from dit_quant.kernels import linear_launch
 from dit_quant.kernels.int4_linear import reference, triton_impl
-from dit_quant.kernels.int8_linear import triton_impl as int8_impl
 from dit_quant.kernels.numerics import MULTIPLIER_MAX, decode_int4, pack_int4, pack_levels
 from dit_quant.kernels.tiles import TILES, Tile
 from linear_cases import activations, case, expected, skip_on_other_cards
@@ -140,7 +140,7 @@ def test_every_tile_has_the_same_bits(tile, transposed, monkeypatch, device):
     """More than one tile in both directions, a tail of M and N, and a half step along K."""
     if tile != TWO_PRODUCTS:
         skip_on_other_cards(tile, "int4_linear", device)
-    monkeypatch.setattr(int8_impl, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
     monkeypatch.setattr(triton_impl, "family_of", lambda _: 90 if transposed else 80)
     M, N, K = tile.block_m + 1, tile.block_n + 16, tile.block_k * tile.dots + 32
     a, (packed, levels) = activations(M, K, device), weight(N, K, 16, device)

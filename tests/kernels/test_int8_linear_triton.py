@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dit_quant.kernels import linear_launch
 from dit_quant.kernels.int8_linear import reference, triton_impl
 from dit_quant.kernels.tiles import TILES, Tile
 from linear_cases import activations, case, expected, skip_on_other_cards
@@ -90,7 +91,7 @@ TILE_IDS = sorted({tile for (op, _), tiles in TILES.items() if op == "int8_linea
 def test_every_tile_has_the_same_bits(tile, monkeypatch, device):
     """More than one tile in both directions, a tail of M and N, and whole and half steps along K."""
     skip_on_other_cards(tile, "int8_linear", device)
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
     M, N = tile.block_m + 1, tile.block_n + 16
     for K in (tile.block_k * tile.dots, tile.block_k * tile.dots + 16):
         a, w = activations(M, K, device), weight(N, K, device)
@@ -101,7 +102,7 @@ def test_every_tile_has_the_same_bits(tile, monkeypatch, device):
 
 def test_more_rows_of_tiles_than_a_group_walks(monkeypatch, device):
     """19 rows of tiles in groups of 4: every tile is visited once, the last group is short."""
-    monkeypatch.setattr(triton_impl, "tile_for", lambda *_: Tile(16, 16, 64, warps=1, stages=1, group_m=4))
+    monkeypatch.setattr(linear_launch, "tile_for", lambda *_: Tile(16, 16, 64, warps=1, stages=1, group_m=4))
     a, w = activations(19 * 16 - 5, 64, device), weight(41, 64, device)
     epilogue = case(a.shape[0], 41, w, full=False, dtype=torch.float32, device=device)
     y = triton_impl.int8_linear(a, w, **epilogue)

@@ -1,0 +1,79 @@
+"""Host side that both linear kernels share: the tile, the options and the operands of a launch. Imports no triton."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from . import autotune
+from .tiles import Tile, tile_for
+from .triton_device import capability_of
+
+
+def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N: int, K: int, flags: tuple) -> None:
+    """launch(tile) on the tensors' device, with the tabled tile or, where asked for, the tuned one."""
+    capability = capability_of(device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if autotune.enabled() and device.type == "cuda":
+            tile = autotune.tuned_tile(op, launch, device, capability, M, N, K, flags)
+        else:
+            tile = tile_for(op, capability, M, N, K)
+        launch(tile)
+
+
+def launch_options(tile: Tile, K: int, correction: Tensor | None) -> dict:
+    """The constexprs that both linears share, and Triton's own options. No fused multiply-add: it has other bits."""
+    return {
+        "INTERPOLATE": groups_of(correction) > 1,
+        "EVEN_K": K % (tile.block_k * tile.dots) == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "DOTS": tile.dots,
+        "PARTS": tile.parts,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": False,
+    }
+
+
+def aligned(operand: Tensor) -> Tensor:
+    """Contiguous and at an address that words and descriptors can be read from: a view into a file may not be."""
+    operand = operand.contiguous()
+    return operand if operand.data_ptr() % 16 == 0 else operand.clone()
+
+
+def epilogue_operands(
+    row_scale: Tensor,
+    column_scale: Tensor,
+    row_zero: Tensor | None,
+    column_sum: Tensor | None,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    index: Tensor,
+    fraction: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """In the order of the kernels' arguments. column_sum only matters where a zero point multiplies it."""
+    if row_zero is not None and column_sum is None:
+        raise ValueError("an asymmetric activation needs the weight's column sums")
+    return (
+        row_scale,
+        row_zero,
+        column_scale.contiguous(),
+        None if row_zero is None or column_sum is None else column_sum.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if correction is None else correction.contiguous(),
+        None if correction is None else index,
+        None if correction is None else fraction,
+    )
+
+
+def row_stride(rows: Tensor | None) -> int:
+    """Elements between rows of [M, 1]; 0 where one value is expanded."""
+    return 0 if rows is None else rows.stride(0)
+
+
+def groups_of(correction: Tensor | None) -> int:
+    return 1 if correction is None else correction.shape[0]

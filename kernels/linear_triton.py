@@ -1,0 +1,108 @@
+"""Device side that both linear kernels share: the walk over the output's tiles, and the epilogue."""
+
+# Triton's decorators are beyond the type checker
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile of this program: GROUP_M rows of tiles are walked column by column, so that L2 sees both operands again."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def table_row(table_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE: tl.constexpr):
+    """Row index + fraction of a [T, N] table at offs_n, fp32; both stay on the device. As numerics.lerp_rows."""
+    index = tl.load(index_ptr).to(tl.int64)
+    low = tl.load(table_ptr + index * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if INTERPOLATE:
+        following = tl.minimum(index + 1, T - 1)
+        high = tl.load(table_ptr + following * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        low = low + tl.load(fraction_ptr) * (high - low)
+    return low
+
+
+@triton.jit
+def store_tile(
+    acc,
+    y_ptr,
+    row_scale_ptr,
+    row_zero_ptr,
+    column_scale_ptr,
+    column_sum_ptr,
+    bias_ptr,
+    correction_ptr,
+    index_ptr,
+    fraction_ptr,
+    M,
+    N,
+    T,
+    stride_row_scale,
+    stride_row_zero,
+    first_m,
+    first_n,
+    INTERPOLATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """acc [BLOCK_M, BLOCK_N] int32 -> y; the fp32 operations of the reference in its order, none of them fused.
+
+    PARTS 2: one half of the columns after the other, for tiles whose column vectors would not fit in registers.
+    """
+    if PARTS > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        for half in tl.static_range(2):
+            store_tile(
+                left if half == 0 else right,
+                y_ptr,
+                row_scale_ptr,
+                row_zero_ptr,
+                column_scale_ptr,
+                column_sum_ptr,
+                bias_ptr,
+                correction_ptr,
+                index_ptr,
+                fraction_ptr,
+                M,
+                N,
+                T,
+                stride_row_scale,
+                stride_row_zero,
+                first_m,
+                first_n + half * HALF,
+                INTERPOLATE,
+                BLOCK_M,
+                HALF,
+                PARTS // 2,
+            )
+    else:
+        offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        mask_m, mask_n = offs_m < M, offs_n < N
+        y = acc.to(tl.float32)
+        if row_zero_ptr is not None:
+            row_zero = tl.load(row_zero_ptr + offs_m * stride_row_zero, mask=mask_m, other=0.0)
+            column_sum = tl.load(column_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+            y = y - row_zero[:, None] * column_sum[None, :]
+        row_scale = tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)
+        column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
+        y = y * row_scale[:, None] * column_scale[None, :]
+        if bias_ptr is not None:
+            y = y + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if correction_ptr is not None:
+            y = y + table_row(correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)[None, :]
+        # M N may pass 2**31, a tile never does: one scalar in int64, offsets in int32
+        y_ptr += first_m.to(tl.int64) * N
+        tl.store(
+            y_ptr + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & mask_n[None, :],
+        )
