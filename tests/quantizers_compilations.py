@@ -80,10 +80,15 @@ def compilations(all: bool = False):
         yield compilation(3072, 90, order=256, prologue="layer"), ""
         yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""
         yield compilation(12288, 90, order=256, prologue="swiglu"), ""
-        # forms that spill where the compiler is not told how many registers it has
-        yield compilation(12288, 100, order=256, tables="plain"), ""
-        yield compilation(13824, 90, order=256, ranges="symmetric", tables="plain"), ""
+        # these spill where the compiler is not told how many registers it has
         yield compilation(13824, 90, prologue="gelu", dtype="fp32", tables="plain"), ""
         yield compilation(15360, 90, tables="plain"), ""
-        for K, capability in ((1536, 100), (3072, 120)):
-            yield compilation(K, capability, order=256, ranges="static", dtype="fp32", tables="plain"), ""
+        for K, capability, ranges, dtype in (
+            (13824, 90, "symmetric", "bf16"),
+            (12288, 100, "asymmetric", "bf16"),
+            (1536, 100, "static", "fp32"),
+            (3072, 100, "static", "fp32"),
+            (3840, 120, "static", "bf16"),
+            (12288, 120, "symmetric", "fp32"),
+        ):
+            yield compilation(K, capability, order=256, ranges=ranges, dtype=dtype, tables="plain"), ""
