@@ -1,4 +1,4 @@
-// Sixteen floats at a time: loads and stores of the three float types, and a team of threads.
+// Sixteen floats at a time: loads and stores of the three float types.
 
 #ifndef DIT_QUANT_LANES_H
 #define DIT_QUANT_LANES_H
@@ -12,9 +12,6 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 enum { FP32, BF16, FP16 };
-
-// GOMP_parallel of the OpenMP runtime that torch runs on: a second pool of threads would fight with torch's
-typedef void (*parallel_t)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
 INLINE __mmask16 first_lanes(int64_t count) {
     return count >= LANES ? ALL : (__mmask16)((1u << count) - 1);

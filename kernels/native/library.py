@@ -23,7 +23,7 @@ from ..backends import first_line
 from ..user_cache import user_cache
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("quantizer.c", "product.c"), ("lanes.h",)
+SOURCES, HEADERS = ("quantizer.c", "product.c"), ("lanes.h", "team.h")
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
 OPTIONS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
@@ -32,7 +32,7 @@ COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-TEAM = (POINTER, ctypes.c_uint)
+TEAM = (POINTER, POINTER, ctypes.c_uint)
 SIGNATURES = {
     "quantize_activation": (
         None,
@@ -95,22 +95,25 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def thread_team() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch was linked with. Raises OSError, AttributeError."""
+def thread_team() -> tuple[int, ...]:
+    """Addresses of what starts threads, and what numbers them, in the OpenMP runtime that torch was linked with.
+
+    Raises OSError, AttributeError.
+    """
     own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    address = ctypes.cast(own.GOMP_parallel, POINTER).value
-    assert address is not None
-    return address
+    found = [ctypes.cast(entry, POINTER).value for entry in (own.GOMP_parallel, own.omp_get_thread_num)]
+    assert None not in found
+    return tuple(address for address in found if address)
 
 
-def function(loaded: ctypes.CDLL, name: str, team: int) -> Callable:
+def function(loaded: ctypes.CDLL, name: str, team: tuple[int, ...]) -> Callable:
     """A C function; where it starts a team of threads, with that team bound."""
     result, arguments = SIGNATURES[name]
     found = getattr(loaded, name)
     found.restype, found.argtypes = result, arguments
-    if arguments[:2] != TEAM:
+    if arguments[: len(TEAM)] != TEAM:
         return found
-    return lambda *given: found(team, torch.get_num_threads(), *given)
+    return lambda *given: found(*team, torch.get_num_threads(), *given)
 
 
 def compiled() -> Path:

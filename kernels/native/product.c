@@ -4,6 +4,7 @@
 // at -128 times the sum of its weights, which leaves the exact sum of a w.
 
 #include "lanes.h"
+#include "team.h"
 
 #include <string.h>
 #include <sys/mman.h>
@@ -14,9 +15,12 @@
 // packed tokens that are multiplied by every panel before the next ones are packed: they stay in the last cache
 #define CHUNK_BYTES 4194304
 #define FEWEST_TILES 16
-// the last panels, so many a thread, are taken in parts, so many a thread: none must be waited for long
+// the chunk is cut into parts of at least so many tiles, one for each thread or few: a part's tokens are written and
+// read by the same threads, as caches far from each other take long to hand over what one of them wrote
+#define PART_TILES 32
+// the last panels, so many a thread, are taken in pieces, so many a thread: none must be waited for long
 #define LAST_PANELS 2
-#define LAST_PARTS 8
+#define LAST_PIECES 8
 // an output of fewer bytes comes from memory that is mapped already
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
@@ -31,10 +35,10 @@ typedef struct {
     const int32_t *column_sum;
     void *y;
     int dtype;
-    // the chunk: its tiles, the panels that are multiplied by all of them, the parts in which the others are
-    int64_t tile, count, whole, parts, next, workers;
+    // the chunk: its tiles, the panels that are multiplied by a whole part of them, the pieces in which the others are
+    int64_t tile, count, whole, pieces;
     uint8_t *tokens, *panels;
-    unsigned threads;
+    Team team;
 } Product;
 
 INLINE int64_t words(int64_t K) { return (K + 3) / 4; }
@@ -225,41 +229,50 @@ static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, 
         multiply(p, a, w, first, m, n, rows, 1);
 }
 
+// the tiles of a part: from this one to that of the next part
+INLINE int64_t part_start(const Product *p, int64_t part) { return p->count * part / p->team.shares; }
+
 static void pack_tiles(void *data) {
     Product *p = data;
-    int64_t t;
-    while ((t = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->count) {
-        int64_t m = (p->tile + t) * TILE_M;
-        pack_tile(p->a + m * p->K, p->M - m, p->K, p->tokens + t * tile_size(p->K));
-    }
-}
-
-// panel after panel, each times the chunk's tiles or, near the end, a part of them
-static void multiply_panels(void *data) {
-    Product *p = data;
-    uint8_t *w = p->panels + __atomic_fetch_add(&p->workers, 1, __ATOMIC_RELAXED) * panel_size(p->K);
-    int32_t *first = (int32_t *)(w + words(p->K) * 4 * PANEL);
-    int64_t row_size = p->levels ? p->K / 2 : p->K, items = p->whole + (panels(p->N) - p->whole) * p->parts, item;
-    while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < items) {
-        int64_t late = item - p->whole, panel = late < 0 ? item : p->whole + late / p->parts;
-        int64_t part = late < 0 ? 0 : late % p->parts, parts = late < 0 ? 1 : p->parts;
-        int64_t start = p->count * part / parts, end = p->count * (part + 1) / parts, n = panel * PANEL;
-        // the panel that this thread is likely to take next comes from memory meanwhile
-        int64_t ahead = MIN(PANEL, p->N - n - p->threads * PANEL) * row_size;
-        const char *from = (const char *)p->w + (n + p->threads * PANEL) * row_size;
-        (p->levels ? pack_panel4 : pack_panel8)(p, n, w, first);
-        for (int64_t t = start; t < end; t++) {
-            int64_t m = (p->tile + t) * TILE_M;
-            for (int64_t at = ahead * (t - start) / (end - start); at < ahead * (t - start + 1) / (end - start); at += 64)
-                _mm_prefetch(from + at, _MM_HINT_T1);
-            multiply_tile(p, p->tokens + t * tile_size(p->K), w, first, m, n, p->M - m);
+    int64_t own = own_share(&p->team), t;
+    for (int64_t part = own; part < own + p->team.shares; part++) {
+        int64_t at = part % p->team.shares, start = part_start(p, at), count = part_start(p, at + 1) - start;
+        while ((t = take(&p->team, at, 1)) < count) {
+            int64_t m = (p->tile + start + t) * TILE_M;
+            pack_tile(p->a + m * p->K, p->M - m, p->K, p->tokens + (start + t) * tile_size(p->K));
         }
     }
 }
 
-static void run(Product *p, parallel_t parallel, void (*work)(void *)) {
-    p->next = p->workers = 0;
-    parallel(work, p, p->threads, 0);
+// a panel times the tiles `start` to `end` of the chunk
+INLINE void multiply_panel(const Product *p, int64_t panel, int64_t start, int64_t end, uint8_t *w, int32_t *first) {
+    int64_t row_size = p->levels ? p->K / 2 : p->K, n = panel * PANEL;
+    // the panel that this thread is likely to take next comes from memory meanwhile
+    int64_t next = n + sharers(&p->team) * PANEL, ahead = MIN(PANEL, p->N - next) * row_size;
+    const char *from = (const char *)p->w + next * row_size;
+    (p->levels ? pack_panel4 : pack_panel8)(p, n, w, first);
+    for (int64_t t = start; t < end; t++) {
+        int64_t m = (p->tile + t) * TILE_M;
+        for (int64_t at = ahead * (t - start) / (end - start); at < ahead * (t - start + 1) / (end - start); at += 64)
+            _mm_prefetch(from + at, _MM_HINT_T1);
+        multiply_tile(p, p->tokens + t * tile_size(p->K), w, first, m, n, p->M - m);
+    }
+}
+
+// panel after panel, each times the thread's part of the tiles or, near the end, a piece of it; then others' parts
+static void multiply_panels(void *data) {
+    Product *p = data;
+    uint8_t *w = p->panels + p->team.number() * panel_size(p->K);
+    int32_t *first = (int32_t *)(w + words(p->K) * 4 * PANEL);
+    int64_t own = own_share(&p->team), items = p->whole + (panels(p->N) - p->whole) * p->pieces, item;
+    for (int64_t part = own; part < own + p->team.shares; part++) {
+        int64_t at = part % p->team.shares, start = part_start(p, at), count = part_start(p, at + 1) - start;
+        while ((item = take(&p->team, at, 1)) < items) {
+            int64_t late = item - p->whole, panel = late < 0 ? item : p->whole + late / p->pieces;
+            int64_t piece = late < 0 ? 0 : late % p->pieces, pieces = late < 0 ? 1 : p->pieces;
+            multiply_panel(p, panel, start + count * piece / pieces, start + count * (piece + 1) / pieces, w, first);
+        }
+    }
 }
 
 // bytes of scratch memory
@@ -270,13 +283,13 @@ int64_t linear_buffer(int64_t M, int64_t K, unsigned threads) {
 // a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
 // column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; y [M, N];
 // buffer [linear_buffer(M, K, threads)], aligned to 64 bytes
-void linear(parallel_t parallel, unsigned threads, const int8_t *a, const uint8_t *w, const uint8_t *levels,
+void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, const uint8_t *w, const uint8_t *levels,
             const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G, const float *row_scale,
             const float *row_zero, const float *column_scale, const int32_t *column_sum, const float *bias,
             const float *correction, void *y, int dtype, uint8_t *buffer) {
     Product p = {.a = a, .w = w, .levels = levels, .table = table, .M = M, .N = N, .K = K, .G = G,
                  .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
-                 .correction = correction, .column_sum = column_sum, .y = y, .dtype = dtype, .threads = threads};
+                 .correction = correction, .column_sum = column_sum, .y = y, .dtype = dtype};
     int64_t most = chunk_tiles(M, K), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * (dtype == FP32 ? 4 : 2);
     p.tokens = buffer;
     p.panels = buffer + most * tile_size(K);
@@ -289,11 +302,12 @@ void linear(parallel_t parallel, unsigned threads, const int8_t *a, const uint8_
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         p.tile = tiles(M) * chunk / chunks;
         p.count = tiles(M) * (chunk + 1) / chunks - p.tile;
-        int64_t last = threads > 1 ? MIN(panels(N), LAST_PANELS * threads) : 0;
+        p.team = team(parallel, number, threads, p.count / PART_TILES);
+        int64_t sharing = sharers(&p.team), last = threads > 1 ? MIN(panels(N), LAST_PANELS * sharing) : 0;
         p.whole = panels(N) - last;
-        p.parts = 1;
-        while (p.parts * 2 <= p.count && last * p.parts < LAST_PARTS * threads) p.parts *= 2;
-        run(&p, parallel, pack_tiles);
-        run(&p, parallel, multiply_panels);
+        p.pieces = 1;
+        while (p.pieces * 2 * p.team.shares <= p.count && last * p.pieces < LAST_PIECES * sharing) p.pieces *= 2;
+        run(&p.team, pack_tiles, &p);
+        run(&p.team, multiply_panels, &p);
     }
 }

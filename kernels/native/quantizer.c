@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "lanes.h"
+#include "team.h"
 
 #define QMAX 127.0f
 // rows that a thread takes at a time
@@ -16,7 +17,7 @@ typedef struct {
     const float *offset, *factor, *fixed_scale, *fixed_zero;
     int8_t *codes;
     float *scale, *zero, *buffers;
-    int64_t next_row, workers;
+    Team team;
 } Quantizer;
 
 // sum of the four / 2 - one of them. Fused: halving is exact, so that the bits are those of two operations.
@@ -153,9 +154,12 @@ INLINE void quantize_row(Quantizer *q, int64_t row, int dtype, int order, float 
 }
 
 INLINE void quantize_rows(Quantizer *q, int dtype, int order, float *buffer) {
-    int64_t start;
-    while ((start = __atomic_fetch_add(&q->next_row, PORTION, __ATOMIC_RELAXED)) < q->M)
-        for (int64_t row = start; row < MIN(start + PORTION, q->M); row++) quantize_row(q, row, dtype, order, buffer);
+    int64_t own = own_share(&q->team), shares = q->team.shares, taken;
+    for (int64_t share = own; share < own + shares; share++) {
+        int64_t first = q->M * (share % shares) / shares, end = q->M * (share % shares + 1) / shares;
+        while ((taken = first + take(&q->team, share % shares, PORTION)) < end)
+            for (int64_t row = taken; row < MIN(taken + PORTION, end); row++) quantize_row(q, row, dtype, order, buffer);
+    }
 }
 
 #define BY_ORDER(DTYPE)                                                   \
@@ -174,7 +178,7 @@ BY_ORDER(FP16)
 
 static void work(void *data) {
     Quantizer *q = data;
-    float *buffer = q->buffers + __atomic_fetch_add(&q->workers, 1, __ATOMIC_RELAXED) * q->K;
+    float *buffer = q->buffers + q->team.number() * q->K;
     switch (q->dtype) {
         case FP32: rows_FP32(q, buffer); break;
         case BF16: rows_BF16(q, buffer); break;
@@ -184,11 +188,11 @@ static void work(void *data) {
 
 // x [M, K], its rows `stride` apart; offset, factor [K] or null; fixed_scale, fixed_zero [1]: a static range;
 // codes [M, K]; scale, zero [M], zero null where symmetric or static; buffers [threads, K]
-void quantize_activation(parallel_t parallel, unsigned threads, const void *x, int dtype, int64_t M, int64_t K,
-                         int64_t stride, const float *offset, const float *factor, int order, int symmetric,
+void quantize_activation(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M,
+                         int64_t K, int64_t stride, const float *offset, const float *factor, int order, int symmetric,
                          const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
                          float *buffers) {
     Quantizer q = {x, dtype, order, symmetric, M, K, stride, offset, factor, fixed_scale, fixed_zero,
-                   codes, scale, zero, buffers, 0, 0};
-    parallel(work, &q, threads, 0);
+                   codes, scale, zero, buffers, team(parallel, number, threads, M / PORTION)};
+    run(&q.team, work, &q);
 }
