@@ -13,7 +13,7 @@
 #define TILE_M 12
 #define PANEL 32
 // packed tokens that are multiplied by every panel before the next ones are packed: they stay in the last cache
-#define CHUNK_BYTES 4194304
+#define CHUNK_BYTES 8388608
 #define FEWEST_TILES 16
 // the chunk is cut into parts of at least so many tiles, one for each thread or few: a part's tokens are written and
 // read by the same threads, as caches far from each other take long to hand over what one of them wrote
