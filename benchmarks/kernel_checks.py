@@ -9,9 +9,12 @@ from dit_quant.kernels.int4_linear import reference as int4_reference
 from dit_quant.kernels.int8_linear import reference as int8_reference
 from dit_quant.kernels.numerics import decode_int4, pack_int4, pack_levels
 from dit_quant.kernels.quantize_activation import reference as quantizer_reference
+from dit_quant.kernels.quantize_along import reference as along_reference
 from torch import Tensor
 
-OPS = ("quantize_activation", "int8_linear", "int4_linear")
+QUANTIZER, ALONG, INT8, INT4 = OPS = ("quantize_activation", "quantize_along", "int8_linear", "int4_linear")
+# directions
+R = 3
 # M, K, N
 SHAPES = ((7, 256, 33), (63, 1088, 136))
 # of codes next to a tie, which another order of the rotation's sums may round the other way
@@ -61,7 +64,7 @@ def refusal(shape: Shape, backend: str) -> str | None:
 
 def shape_of(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], symmetric=True) -> Shape:
     M, K, N = shape
-    if op == "quantize_activation":
+    if op in (QUANTIZER, ALONG):
         return Shape(op, device, dtype, M, K, hadamard=64, symmetric=symmetric)
     return Shape(op, device, dtype, M, K, N, 16 if op == "int4_linear" else None, symmetric=symmetric)
 
@@ -92,6 +95,8 @@ def check_quantizer(backend, device, dtype, shape) -> str | None:
     tables = {
         "shift": torch.randn(3, K, generator=random).half().to(device),
         "smooth": (torch.rand(K, generator=random) + 0.5).half().to(device),
+        "directions": (torch.randn(R, K, generator=random) / K**0.5).half().to(device),
+        "coordinates": torch.randn(M, R, generator=random).bfloat16().to(device),
     }
     ranges = [{"symmetric": True}, {"symmetric": False}, {"static_scale": torch.full((3,), 0.1, device=device)}]
     quantize = function("quantize_activation", backend)
@@ -125,6 +130,8 @@ def check_product(op: str, expected: Callable, weight: Callable) -> Callable:
             "column_scale": torch.rand(N, 1, generator=random).to(device) / 256,
             "bias": torch.randn(N, generator=random).to(device, dtype),
             "correction": torch.randn(3, N, generator=random).half().to(device),
+            "coordinates": torch.randn(M, R, generator=random).bfloat16().to(device),
+            "responses": torch.randn(R, N, generator=random).half().to(device),
             "dtype": dtype,
             **at(device),
         }
@@ -158,8 +165,35 @@ def int4_weight(N, K, random, device):
     return packed.to(device), {"levels": levels.to(device)}, decode_int4(packed, levels).to(device)
 
 
+def check_along(backend, device, dtype, shape) -> str | None:
+    M, K, _ = shape
+    random = torch.Generator().manual_seed(K)
+    x = torch.randn(M, K, generator=random).to(device, dtype)
+    tables = {
+        "directions": (torch.randn(R, K, generator=random) / K**0.5).half().to(device),
+        "shift": torch.randn(3, K, generator=random).half().to(device),
+        "smooth": (torch.rand(K, generator=random) + 0.5).half().to(device),
+        **at(device),
+    }
+    *found, p = function(ALONG, backend)(x, **tables, hadamard=64, symmetric=False)
+    wanted = along_reference.coordinates(x, **tables).double()
+    # products of TF32 at the least, and the result's own rounding
+    factors = along_reference.dual(tables["directions"], tables["smooth"]).double()
+    bound = 2**-10 * (x.double().abs() + 4) @ factors.abs().T + 2**-7 * wanted.abs()
+    if not ((p.double() - wanted).abs() <= bound).all():
+        return f"M, K {M, K}, {dtype}: coordinates are off by {float((p.double() - wanted).abs().max()):.3g}"
+    expected = quantizer_reference.quantize_activation(x, **tables, coordinates=p, hadamard=64, symmetric=False)
+    off = (found[0].int() - expected[0].int()).abs()
+    if off.max() > 1 or (off > 0).float().mean() > FEW:
+        return f"M, K {M, K}, {dtype}: codes are off by up to {int(off.max())}"
+    if not torch.allclose(found[1], expected[1], rtol=64 * 2**-23, atol=0):
+        return f"M, K {M, K}, {dtype}: wrong scales"
+    return None
+
+
 CHECKS = {
-    "quantize_activation": check_quantizer,
-    "int8_linear": check_product("int8_linear", int8_reference.int8_linear, int8_weight),
-    "int4_linear": check_product("int4_linear", int4_reference.int4_linear, int4_weight),
+    QUANTIZER: check_quantizer,
+    INT8: check_product(INT8, int8_reference.int8_linear, int8_weight),
+    INT4: check_product(INT4, int4_reference.int4_linear, int4_weight),
+    ALONG: check_along,
 }

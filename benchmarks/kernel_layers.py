@@ -13,7 +13,7 @@ from dit_quant.quant_core.linear import QuantizedLinear, codes_of, column_sum, h
 from dit_quant.quant_core.reparam import fold_linear
 from dit_quant.quant_core.rounding import round_weight
 from dit_quant.quant_core.schemes import PRESETS, QuantScheme, Rounding, group_size_for, hadamard_for
-from kernel_checks import OPS, Checks, backends, refusal
+from kernel_checks import ALONG, INT4, INT8, QUANTIZER, Checks, backends, refusal
 from kernel_shapes import Layer
 from kernel_timing import Roofline
 from rivals import KITCHEN, KitchenLinear
@@ -97,6 +97,10 @@ def quantized(problem: Problem, scheme: QuantScheme) -> QuantizedLinear:
         symmetric=scheme.activations.symmetric,
     )
     tables = {}
+    if scheme.directions:
+        basis = torch.linalg.qr(torch.randn(K, scheme.directions, generator=random, device=problem.device)).Q
+        tables["directions"] = (basis.T * smooth.float()).half()
+        tables["responses"] = (tables["directions"].float() @ problem.weight.T.float()).half()
     if not scheme.activations.symmetric:
         tables["column_sum"] = column_sum(codes_of(result))
     if not scheme.activations.dynamic:
@@ -193,10 +197,14 @@ def whole(problem: Problem, layer: QuantizedLinear, backend: str, roofline: Roof
 
 
 def ops(problem: Problem, layer: QuantizedLinear, preset: str, roofline: Roofline) -> dict[str, Contender]:
-    """The two ops of the layer apart, on every backend that takes them."""
-    where, x, quantizer, product = at(problem.device), problem.x, *ops_of(layer)
+    """The ops of the layer apart, on every backend that takes them."""
+    where, x, (quantizer, product) = at(problem.device), problem.x, ops_of(layer)
     tables = {name: getattr(layer, name) for name in ("shift", "smooth", "static_scale", "hadamard", "symmetric")}
-    codes, row_scale, row_zero = kernels.quantize_activation(x, **tables, **where)
+    quantize = kernels.quantize_activation
+    if layer.directions is not None:
+        quantize, tables = kernels.quantize_along, tables | {"directions": layer.directions}
+        tables.pop("static_scale")
+    codes, row_scale, row_zero, *rest = quantize(x, **tables, **where)
     epilogue = {
         "row_scale": row_scale,
         "column_scale": layer.scale,
@@ -204,6 +212,8 @@ def ops(problem: Problem, layer: QuantizedLinear, preset: str, roofline: Rooflin
         "column_sum": layer.column_sum,
         "bias": problem.bias.to(problem.dtype),
         "correction": layer.correction,
+        "coordinates": rest[0] if rest else None,
+        "responses": layer.responses,
         "dtype": problem.dtype,
         **where,
     }
@@ -212,7 +222,7 @@ def ops(problem: Problem, layer: QuantizedLinear, preset: str, roofline: Rooflin
     else:
         multiply, epilogue = kernels.int4_linear, epilogue | {"levels": layer.levels}
     runs = {
-        quantizer: lambda backend: kernels.quantize_activation(x, **tables, **where, backend=backend)[0],
+        quantizer: lambda backend: quantize(x, **tables, **where, backend=backend)[0],
         product: lambda backend: multiply(codes, layer.qdata, **epilogue, backend=backend),
     }
     ideal = {quantizer: quantizer_seconds(problem, roofline), product: product_seconds(problem, layer.bits, roofline)}
@@ -228,7 +238,7 @@ def ops(problem: Problem, layer: QuantizedLinear, preset: str, roofline: Rooflin
 
 
 def ops_of(layer: QuantizedLinear) -> tuple[str, str]:
-    return OPS[0], OPS[1 if layer.levels is None else 2]
+    return QUANTIZER if layer.directions is None else ALONG, INT8 if layer.levels is None else INT4
 
 
 def choice(problem: Problem, layer: QuantizedLinear, op: str, backend: str) -> str:
@@ -238,7 +248,7 @@ def choice(problem: Problem, layer: QuantizedLinear, op: str, backend: str) -> s
 
 def shape_of(problem: Problem, layer: QuantizedLinear, op: str) -> Shape:
     shape = {"op": op, "device": problem.device, "dtype": problem.dtype, "M": len(problem.x), "K": problem.layer.K}
-    if op == OPS[0]:
+    if op in (QUANTIZER, ALONG):
         static = layer.static_scale is not None
         shape |= {"hadamard": layer.hadamard, "symmetric": layer.symmetric, "static": static}
     else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import autotune
+from .directions import check
 from .tiles import Tile, tile_for
 from .triton_device import capability_of
 
@@ -22,17 +23,19 @@ def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N
         launch(tile)
 
 
-def launch_options(tile: Tile, K: int, correction: Tensor | None) -> dict:
+def launch_options(tile: Tile, K: int, correction: Tensor | None, responses: Tensor | None) -> dict:
     """The constexprs that both linears share, and Triton's own options. No fused multiply-add: it has other bits."""
+    even = K % (tile.block_k * tile.dots) == 0
     return {
+        "RANK": 0 if responses is None else len(responses),
         "INTERPOLATE": groups_of(correction) > 1,
-        "EVEN_K": K % (tile.block_k * tile.dots) == 0,
+        "EVEN_K": even,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
-        "PARTS": tile.parts,
+        "PARTS": tile.parts_with(responses is not None, even),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": False,
@@ -52,10 +55,13 @@ def epilogue_operands(
     column_sum: Tensor | None,
     bias: Tensor | None,
     correction: Tensor | None,
+    coordinates: Tensor | None,
+    responses: Tensor | None,
     index: Tensor,
     fraction: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """In the order of the kernels' arguments. column_sum only matters where a zero point multiplies it."""
+    check(coordinates, responses, len(row_scale), column_scale.numel())
     if row_zero is not None and column_sum is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
     return (
@@ -65,6 +71,8 @@ def epilogue_operands(
         None if row_zero is None or column_sum is None else column_sum.contiguous(),
         None if bias is None else bias.contiguous(),
         None if correction is None else correction.contiguous(),
+        None if coordinates is None else coordinates.contiguous(),
+        None if responses is None else responses.contiguous(),
         None if correction is None else index,
         None if correction is None else fraction,
     )

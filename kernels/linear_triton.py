@@ -39,6 +39,8 @@ def store_tile(
     column_sum_ptr,
     bias_ptr,
     correction_ptr,
+    coordinates_ptr,
+    responses_ptr,
     index_ptr,
     fraction_ptr,
     M,
@@ -48,6 +50,7 @@ def store_tile(
     stride_row_zero,
     first_m,
     first_n,
+    RANK: tl.constexpr,
     INTERPOLATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,6 +73,8 @@ def store_tile(
                 column_sum_ptr,
                 bias_ptr,
                 correction_ptr,
+                coordinates_ptr,
+                responses_ptr,
                 index_ptr,
                 fraction_ptr,
                 M,
@@ -79,6 +84,7 @@ def store_tile(
                 stride_row_zero,
                 first_m,
                 first_n + half * HALF,
+                RANK,
                 INTERPOLATE,
                 BLOCK_M,
                 HALF,
@@ -95,6 +101,14 @@ def store_tile(
         row_scale = tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)
         column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
         y = y * row_scale[:, None] * column_scale[None, :]
+        if RANK > 0:
+            # one after the other: unrolled, the loads of all would want registers at once
+            for r in tl.range(RANK, num_stages=1, loop_unroll_factor=1):
+                p = tl.load(coordinates_ptr + offs_m * RANK + r, mask=mask_m, other=0.0).to(tl.float32)
+                response = tl.load(responses_ptr + r * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                # their product is exact: fused or not, the bits are the same
+                p, response = tl.broadcast_to(p[:, None], y.shape), tl.broadcast_to(response[None, :], y.shape)
+                y = tl.fma(p, response, y)
         if bias_ptr is not None:
             y = y + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if correction_ptr is not None:

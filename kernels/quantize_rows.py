@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .directions import check
 from .triton_device import capability_of, device_refusal, interpreted
 
 # a row of more columns is read twice: its registers would spill on one card or another
@@ -67,7 +68,15 @@ class Tile:
 
 
 @lru_cache(maxsize=256)
-def plan(K: int, order: int, tables: int, itemsize: int, prologue: str = "plain") -> Tile | None:
+def plan(
+    K: int,
+    order: int,
+    tables: int,
+    itemsize: int,
+    prologue: str = "plain",
+    directions: bool = False,
+    capability: int = 0,
+) -> Tile | None:
     """Tile for rows of K columns, or None where the registers do not hold a row.
 
     tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x. Fewest
@@ -87,6 +96,9 @@ def plan(K: int, order: int, tables: int, itemsize: int, prologue: str = "plain"
             # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
             columns = VECTOR * chunks
             registers = columns * (1 + tables) + 32
+            if directions:
+                # compute capability 10 multiplies in pairs, which have to lie side by side
+                registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
             registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
             if registers > min(REGISTER_FILE // (32 * warps), 196):
                 continue
@@ -146,6 +158,8 @@ def launch(
     fraction: Tensor,
     shift: Tensor | None = None,
     smooth: Tensor | None = None,
+    directions: Tensor | None = None,
+    coordinates: Tensor | None = None,
     hadamard: int = 1,
     symmetric: bool = True,
     static_scale: Tensor | None = None,
@@ -162,6 +176,7 @@ def launch(
         raise ValueError(
             f"K={K} cannot be rotated in Hadamard blocks of {hadamard}; use one of {ORDERS} that divides K"
         )
+    check(coordinates, directions, M, K)
     # rows may lie apart, columns not
     x = x if x.stride(1) == 1 else x.contiguous()
     up, gamma, beta = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (up, gamma, beta))
@@ -176,6 +191,8 @@ def launch(
         "up_ptr": up,
         "shift_ptr": contiguous(shift),
         "smooth_ptr": contiguous(smooth),
+        "directions_ptr": contiguous(directions),
+        "coordinates_ptr": contiguous(coordinates),
         "static_scale_ptr": contiguous(static_scale),
         "static_zero_ptr": contiguous(static_zero) if ranges == "static" else None,
         "index_ptr": index,
@@ -191,12 +208,14 @@ def launch(
         "PROLOGUE": prologue,
         "RANGE": ranges,
         "ORDER": hadamard,
+        "RANK": 0 if directions is None else len(directions),
         # an addition fused with the product before it would round once instead of twice
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(x):
         tables = (shift is not None) + (smooth is not None)
-        tile = plan(K, hadamard, tables, x.element_size(), prologue)
+        capability = capability_of(x.device)
+        tile = plan(K, hadamard, tables, x.element_size(), prologue, directions is not None, capability)
         if M == 0:
             pass
         elif tile is not None:
@@ -212,7 +231,7 @@ def launch(
                 beta_stride=0 if beta is None else beta.stride(0),
                 eps=eps,
                 **tile.constants(K),
-                **(tile.compiler_options(ranges, prologue) if capability_of(x.device) else {}),
+                **(tile.compiler_options(ranges, prologue) if capability else {}),
             )
         else:
             quantize_long_rows[(M,)](**operands, **LONG_CONSTANTS)

@@ -35,6 +35,16 @@ def prologue(chunk, up, PROLOGUE: tl.constexpr):
     return x
 
 
+@triton.jit
+def less_directions(y, directions_ptr, coordinates_ptr, rows, inside, columns, K, RANK: tl.constexpr):
+    """y [ROWS, WIDTH] - p V. Fused: p V is exact, see kernels/directions.py."""
+    for r in tl.static_range(RANK):
+        p = tl.load(coordinates_ptr + rows * RANK + r, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(directions_ptr + r * K + columns, mask=columns < K, other=0.0, eviction_policy="evict_last")
+        y = tl.fma(tl.broadcast_to(-p[:, None], y.shape), tl.broadcast_to(v.to(tl.float32)[None, :], y.shape), y)
+    return y
+
+
 # sizes that change from call to call must not compile anew; those that steer vectors stay specialised
 @triton.jit(do_not_specialize=["M", "T", "tokens", "eps"])
 def quantize_rows(
@@ -46,6 +56,8 @@ def quantize_rows(
     beta_ptr,
     shift_ptr,
     smooth_ptr,
+    directions_ptr,
+    coordinates_ptr,
     static_scale_ptr,
     static_zero_ptr,
     index_ptr,
@@ -65,6 +77,7 @@ def quantize_rows(
     PROLOGUE: tl.constexpr,
     RANGE: tl.constexpr,
     ORDER: tl.constexpr,
+    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -122,6 +135,8 @@ def quantize_rows(
             y = prologue(chunks[chunk], ups[chunk], PROLOGUE)
             if shift_ptr is not None:
                 y = y - shifts[chunk]
+            columns = chunk * WIDTH + tl.arange(0, WIDTH)
+            y = less_directions(y, directions_ptr, coordinates_ptr, rows, inside, columns, K, RANK)
             if smooth_ptr is not None:
                 y = y * inverses[chunk]
             transformed = transformed + (rotate(y, ORDER, VECTOR),)
@@ -159,8 +174,8 @@ def quantize_rows(
 
 @triton.jit
 def long_columns(
-    x_ptr, up_ptr, shift_ptr, smooth_ptr, index, fraction, T, K, columns, PROLOGUE: tl.constexpr, ORDER: tl.constexpr,
-    VECTOR: tl.constexpr,
+    x_ptr, up_ptr, shift_ptr, smooth_ptr, directions_ptr, coordinates_ptr, row, index, fraction, T, K, columns,
+    PROLOGUE: tl.constexpr, ORDER: tl.constexpr, RANK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One row's transformed `columns` [1, WIDTH]; x_ptr and up_ptr point to the row."""
     mask = columns < K
@@ -171,6 +186,10 @@ def long_columns(
     y = prologue(x, up, PROLOGUE)
     if shift_ptr is not None:
         y = y - table_row(shift_ptr, index, fraction, T, K, columns, mask)
+    for r in tl.static_range(RANK):
+        p = tl.load(coordinates_ptr + row * RANK + r).to(tl.float32)
+        v = tl.load(directions_ptr + r * K + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        y = tl.fma(tl.broadcast_to(-p, y.shape), v.to(tl.float32), y)
     if smooth_ptr is not None:
         smooth = tl.load(smooth_ptr + columns, mask=mask, other=1.0, eviction_policy="evict_last")
         y = y * tl.div_rn(1.0, smooth.to(tl.float32))
@@ -183,6 +202,8 @@ def quantize_long_rows(
     up_ptr,
     shift_ptr,
     smooth_ptr,
+    directions_ptr,
+    coordinates_ptr,
     static_scale_ptr,
     static_zero_ptr,
     index_ptr,
@@ -198,6 +219,7 @@ def quantize_long_rows(
     PROLOGUE: tl.constexpr,
     RANGE: tl.constexpr,
     ORDER: tl.constexpr,
+    RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -225,8 +247,9 @@ def quantize_long_rows(
         for first in range(0, K, WIDTH):
             columns = first + tl.arange(0, WIDTH)[None, :]
             y = long_columns(
-                start, up_start, shift_ptr, smooth_ptr, index, fraction, T, K, columns, PROLOGUE, ORDER, VECTOR
-            )
+                start, up_start, shift_ptr, smooth_ptr, directions_ptr, coordinates_ptr, row, index, fraction, T, K,
+                columns, PROLOGUE, ORDER, RANK, VECTOR,
+            )  # fmt: skip
             low = tl.where(columns < K, tl.minimum(low, y), low)
             high = tl.where(columns < K, tl.maximum(high, y), high)
         if RANGE == "symmetric":
@@ -240,7 +263,8 @@ def quantize_long_rows(
     for first in range(0, K, WIDTH):
         columns = first + tl.arange(0, WIDTH)
         y = long_columns(
-            start, up_start, shift_ptr, smooth_ptr, index, fraction, T, K, columns[None, :], PROLOGUE, ORDER, VECTOR
-        )
+            start, up_start, shift_ptr, smooth_ptr, directions_ptr, coordinates_ptr, row, index, fraction, T, K,
+            columns[None, :], PROLOGUE, ORDER, RANK, VECTOR,
+        )  # fmt: skip
         place = codes_ptr + row * K + mirrored(columns, ORDER, VECTOR)[None, :]
         tl.store(place, encode(y, inverse, zero, RANGE), mask=columns[None, :] < K)

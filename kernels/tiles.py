@@ -34,6 +34,10 @@ class Tile:
     group_m: int = 8
     descriptors: bool = False
 
+    def parts_with(self, directions: bool, even: bool) -> int:
+        """Directions want vectors of their own in the epilogue; a loop with masks spills where that is cut."""
+        return max(self.parts, 2) if directions and even else self.parts
+
 
 AMPERE_INT8 = (
     Tile(128, 256, 64, warps=8, stages=3, dots=2),

@@ -67,7 +67,8 @@ def plan_layer(
     N, K = layer.features
     static = layer.static_scale is not None
     symmetric = layer.static_zero is None if static else layer.symmetric
-    quantizer = Shape("quantize_activation", device, dtype, tokens, K, None, None, layer.hadamard, symmetric, static)
+    op = "quantize_activation" if layer.directions is None else "quantize_along"
+    quantizer = Shape(op, device, dtype, tokens, K, None, None, layer.hadamard, symmetric, static)
     op, group_size = ("int8_linear", None) if layer.levels is None else ("int4_linear", layer.group_size)
     product = Shape(op, device, dtype, tokens, K, N, group_size, 1, symmetric)
     return LayerPlan(plan(quantizer, backend), plan(product, backend))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .files import DamagedFile
 from .linear import TENSOR_FIELDS, QuantizedLinear
-from .schemes import HADAMARD_ORDERS
+from .schemes import HADAMARD_ORDERS, MOST_DIRECTIONS
 from .timesteps import TimestepGroups
 
 FORMAT_PREFIX = "dit_quant_"
@@ -104,7 +104,7 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
     if declared != f"{FORMAT_PREFIX}w{w.bits}a8":
         raise DamagedFile(f"{name}: declared {declared}, but its tensors are of W{w.bits}A8")
     N, K = features
-    T = len(w.groups)
+    T, R = len(w.groups), direction_count(name, w)
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "qdata": ((N, K) if w.bits == 8 else (N, K // 2), (torch.int8,) if w.bits == 8 else (torch.uint8,)),
         "scale": ((N, 1), (torch.float32,)),
@@ -112,6 +112,8 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         "smooth": ((K,), (torch.float16, torch.float32)),
         "shift": ((T, K), (torch.float16, torch.float32)),
         "correction": ((T, N), (torch.float16, torch.float32)),
+        "directions": ((R, K), (torch.float16,)),
+        "responses": ((R, N), (torch.float16,)),
         "static_scale": ((T,), (torch.float32,)),
         "static_zero": ((T,), (torch.float32,)),
     }
@@ -134,3 +136,13 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
     if w.shift is not None and w.correction is None:
         raise DamagedFile(f"{name}: a shift needs its correction {name}.{SUFFIXES['correction']}")
+
+
+def direction_count(name: str, w: QuantizedLinear) -> int:
+    """R. Raises DamagedFile where directions and responses are not of one another."""
+    tables = w.directions, w.responses
+    counts = {0 if table is None or table.ndim != 2 else table.shape[0] for table in tables}
+    if len(counts) > 1 or (counts == {0} and tables != (None, None)) or max(counts) > MOST_DIRECTIONS:
+        keys = " and ".join(f"{name}.{SUFFIXES[field]}" for field in ("directions", "responses"))
+        raise DamagedFile(f"{keys} do not hold the same number of rows, at most {MOST_DIRECTIONS}")
+    return counts.pop()

@@ -7,11 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.numerics import rotate
+from ..kernels.quantize_along.reference import dual
 from .architectures import Family, Role
 from .calibration import Calibration
-from .covariance import rounding_hessian
+from .covariance import rotated, rounding_hessian
+from .directions import find_directions, less
 from .fingerprint import tensor_fingerprint
-from .grouping import AUTO_NEGLIGIBLE, AUTO_NEGLIGIBLE_W4, group_layer_paper, group_model, members
+from .grouping import (
+    AUTO_NEGLIGIBLE,
+    AUTO_NEGLIGIBLE_W4,
+    AUTO_UNEXPLAINED,
+    AUTO_UNEXPLAINED_BESIDE_DIRECTIONS,
+    group_layer_paper,
+    group_model,
+    members,
+)
 from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_exact, half_if_it_fits
 from .observers import LayerStatistics
 from .reparam import Folded, fold_linear, relative_difference
@@ -55,7 +65,8 @@ def quantize_weight(
     rows = [] if source is None else members(source.sigmas, groups)
     statistics = None if source is None else source.statistics
 
-    shift = scale = hessian = None
+    shift = scale = hessian = directions = None
+    notes = []
     if statistics is not None:
         shift = group_shift(statistics, rows, scheme.shift)
         # z is rounded before c = W z is built from it, so the pair stays exact
@@ -63,15 +74,20 @@ def quantize_weight(
         exact = None if shift is None else shift.double()
         scale = channel_scale(statistics, rows, exact, weight, scheme)
         scale = None if scale is None else half_if_exact(scale.float())
+        if scheme.directions:
+            scale, directions, why_not = find_directions(statistics, rows, exact, scale, weight, scheme)
+            notes += [why_not] if why_not else []
         if scheme.weights.rounding is Rounding.GPTQ:
-            hessian = rounding_hessian(statistics, rows, exact, scale, hadamard)
+            hessian = rounding_hessian(statistics, rows, exact, scale, 1)
+            hessian = None if hessian is None else rotated(less(hessian, directions, scale), hadamard)
     folded = fold_linear(weight, shift, scale, hadamard)
     rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)
     correction = folded.correction
     static_scale = static_zero = None
     if statistics is not None:
         if scheme.bias_correction:
-            correction = _corrected(folded, rounded, group_mean(statistics, rows), shift, scale, hadamard)
+            mean = group_mean(statistics, rows)
+            correction = _corrected(folded, rounded, mean, shift, directions, scale, hadamard)
         if not scheme.activations.dynamic:
             static_scale, static_zero = _static_tables(name, scheme, statistics, rows, shift, scale, hadamard)
     layer = QuantizedLinear(
@@ -82,30 +98,49 @@ def quantize_weight(
         smooth=scale,
         shift=shift,
         correction=None if correction is None else half_if_it_fits(correction),
+        directions=directions,
+        responses=None if directions is None else (directions.double() @ weight.double().T).half(),
         static_scale=static_scale,
         static_zero=static_zero,
         hadamard=hadamard,
         symmetric=scheme.activations.symmetric,
         groups=groups,
     )
-    notes = []
     if scheme.weights.bits == 4 and group_size != scheme.weights.group_size:
         notes.append(f"K={K} is not divisible by group size {scheme.weights.group_size}; {group_size} was used")
     if hadamard != scheme.hadamard:
         notes.append(f"K={K} is not divisible by {scheme.hadamard}; Hadamard blocks of {hadamard}")
     error = relative_difference(weight, dequantize(layer))
     report = LayerReport(
-        name, (N, K), layer.bits, group_size, hadamard, len(groups), layer.nbytes, error, "; ".join(notes), scheme.name
+        name,
+        (N, K),
+        layer.bits,
+        group_size,
+        hadamard,
+        len(groups),
+        layer.nbytes,
+        error,
+        "; ".join(notes),
+        scheme.name,
+        directions=0 if directions is None else len(directions),
     )
     return layer, report
 
 
 def _corrected(
-    folded: Folded, rounded: RoundedWeight, mean: Tensor, shift: Tensor | None, scale: Tensor | None, hadamard: int
+    folded: Folded,
+    rounded: RoundedWeight,
+    mean: Tensor,
+    shift: Tensor | None,
+    directions: Tensor | None,
+    scale: Tensor | None,
+    hadamard: int,
 ) -> Tensor:
     """c_g + (W̃ - Q(W̃)) mean(x̃) over group g, [T, N] float64: the error is centred at the group's mean, which
     is not z when z is a mid-range. mean [T, K]."""
     centre = mean if shift is None else mean - shift.double()
+    if directions is not None:
+        centre = centre - centre @ dual(directions, scale).double().T @ directions.double()
     centre = rotate(centre if scale is None else centre / scale.double(), hadamard)
     lost = centre @ (folded.weight - rounded.int8().double() * rounded.scale.double()).T
     return lost if folded.correction is None else folded.correction + lost
@@ -154,7 +189,12 @@ def _auto_groups(
     if scheme.activations.dynamic:
         negligible = AUTO_NEGLIGIBLE if scheme.weights.bits == 8 else AUTO_NEGLIGIBLE_W4
     grouping = group_model(
-        calibration.sigmas, layers, flow=calibration.flow, interpolate=scheme.interpolate, negligible=negligible
+        calibration.sigmas,
+        layers,
+        flow=calibration.flow,
+        interpolate=scheme.interpolate,
+        negligible=negligible,
+        unexplained=AUTO_UNEXPLAINED_BESIDE_DIRECTIONS if scheme.directions else AUTO_UNEXPLAINED,
     )
     return grouping.groups
 

@@ -27,11 +27,22 @@ def rounding_hessian(
                 mean = statistics.mean[t].double().unflatten(0, (-1, width))
                 cross = torch.einsum("bi,bj->bij", mean, z)
                 H = H - share[t] * (cross + cross.transpose(1, 2) - torch.einsum("bi,bj->bij", z, z))
-    if scale is not None:
-        s = scale.double().unflatten(0, (-1, width))
-        H = H / (s[:, :, None] * s[:, None, :])
-    if hadamard > 1:
-        if width % hadamard:
-            raise ValueError(f"covariance blocks of {width} do not hold whole Hadamard blocks of {hadamard}")
-        H = rotate(rotate(H, hadamard).transpose(1, 2), hadamard)
+    H = rotated(scaled(H, scale), hadamard)
     return (H + H.transpose(1, 2)) / 2
+
+
+def scaled(H: Tensor, scale: Tensor | None) -> Tensor:
+    """E[(x / s) (x / s)ᵀ] from E[x xᵀ], both in diagonal blocks [B, b, b]; s [K]."""
+    if scale is None:
+        return H
+    s = scale.double().unflatten(0, (-1, H.shape[1]))
+    return H / (s[:, :, None] * s[:, None, :])
+
+
+def rotated(H: Tensor, hadamard: int) -> Tensor:
+    """E[x̃ x̃ᵀ] for x̃ rotated in Hadamard blocks. Raises ValueError where a block of H holds no whole number of them."""
+    if hadamard == 1:
+        return H
+    if H.shape[1] % hadamard:
+        raise ValueError(f"covariance blocks of {H.shape[1]} do not hold whole Hadamard blocks of {hadamard}")
+    return rotate(rotate(H, hadamard).transpose(1, 2), hadamard)

@@ -13,6 +13,8 @@ from .schemes import Shift
 from .timesteps import TimestepGroups, groups_from_sizes
 
 AUTO_UNEXPLAINED = 0.10
+# directions pick up token by token what the groups leave: more of these would cost bytes and gain nothing
+AUTO_UNEXPLAINED_BESIDE_DIRECTIONS = 0.5
 # a root-mean-square drift below one int8 step of the half-range cannot be seen by the codes
 AUTO_NEGLIGIBLE = (1 / 127) ** 2
 # beside the error of 4-bit weights five times as much is lost: some 2 % of the input's power, 1 % of the error
@@ -57,11 +59,12 @@ class MergeTree:
         edges = [0, *sorted(cuts), self.timesteps]
         return tuple(b - a for a, b in itertools.pairwise(edges))
 
-    def auto(self, negligible: float = AUTO_NEGLIGIBLE) -> int:
-        """Fewest groups that explain 90 % of the drift; 1 where the drift is negligible beside the range."""
+    def auto(self, negligible: float = AUTO_NEGLIGIBLE, unexplained: float = AUTO_UNEXPLAINED) -> int:
+        """Fewest groups that leave a tenth of the drift, or that share of it, unexplained; 1 where the drift is
+        negligible beside the range."""
         if self.drift < negligible:
             return 1
-        enough = (g for g, rest in enumerate(self.unexplained, start=1) if rest <= AUTO_UNEXPLAINED)
+        enough = (g for g, rest in enumerate(self.unexplained, start=1) if rest <= unexplained)
         return min(next(enough, self.timesteps), AUTO_MAX_GROUPS, self.timesteps)
 
 
@@ -146,13 +149,14 @@ def group_model(
     flow: bool = True,
     interpolate: bool = False,
     negligible: float = AUTO_NEGLIGIBLE,
+    unexplained: float = AUTO_UNEXPLAINED,
 ) -> Grouping:
     """One partition of the sigmas for all layers; `groups=None` lets the tree choose (see MergeTree.auto)."""
     if not layers:
         raise ValueError("the calibration holds no layers")
     occupancy = np.mean([s.count.numpy() for s in layers.values()], axis=0)
     tree = merge_tree(model_features(layers, kind), linkage, np.maximum(occupancy, 1))
-    sizes = tree.sizes(tree.auto(negligible) if groups is None else groups)
+    sizes = tree.sizes(tree.auto(negligible, unexplained) if groups is None else groups)
     return Grouping(groups_from_sizes(sigmas, sizes, flow, interpolate), tree, linkage)
 
 

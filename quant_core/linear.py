@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import int4_linear, int8_linear, quantize_activation
+from ..kernels import int4_linear, int8_linear, quantize_activation, quantize_along
 from ..kernels.backends import AUTO, BACKENDS
 from ..kernels.numerics import decode_int4, pack_int4, rotate
 from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
@@ -26,7 +26,8 @@ class QuantizedLinear:
 
     qdata int8 [N, K] or uint8 [N, K / 2]; scale [N, 1] fp32; levels [N, G] uint8 (4 bits only: multiplier and
     zero of each weight group); column_sum [N] int32 (asymmetric activations); smooth [K], shift [T, K] and
-    correction [T, N] fp16 or fp32; static_scale, static_zero [T] fp32 (fixed activation ranges).
+    correction [T, N] fp16 or fp32; directions V [R, K] and responses W V [R, N] fp16 (what stays in 16 bits);
+    static_scale, static_zero [T] fp32 (fixed activation ranges).
     """
 
     qdata: Tensor
@@ -36,6 +37,8 @@ class QuantizedLinear:
     smooth: Tensor | None = None
     shift: Tensor | None = None
     correction: Tensor | None = None
+    directions: Tensor | None = None
+    responses: Tensor | None = None
     static_scale: Tensor | None = None
     static_zero: Tensor | None = None
     hadamard: int = 1
@@ -78,6 +81,8 @@ TENSOR_FIELDS = (
     "smooth",
     "shift",
     "correction",
+    "directions",
+    "responses",
     "static_scale",
     "static_zero",
 )
@@ -97,14 +102,23 @@ def half_if_exact(table: Tensor) -> Tensor:
 def quant_linear(
     x: Tensor, w: QuantizedLinear, bias: Tensor | None, index: Tensor, fraction: Tensor, backend: str = AUTO
 ) -> Tensor:
-    """x [..., K] -> [..., N] in the dtype of x: y = Q_a((x - z) / s H) Q_wᵀ + b + c, all products in integers."""
-    rows = x.reshape(-1, x.shape[-1])
-    quantized = quantize_activation(rows, index=index, fraction=fraction, backend=backend, **quantizer(w))
-    return multiply(quantized, w, bias, index, fraction, x.dtype, backend).reshape(*x.shape[:-1], w.features[0])
+    """x [..., K] -> [..., N] in the dtype of x: y = Q_a((x - z - p V) / s H) Q_wᵀ + p (W V) + b + c.
+
+    Products of K in integers; p, the coordinates of a token along the layer's directions V, where it has any.
+    """
+    rows, group = x.reshape(-1, x.shape[-1]), {"index": index, "fraction": fraction, "backend": backend}
+    if w.directions is None:
+        quantized, p = quantize_activation(rows, **quantizer(w), **group), None
+    else:
+        tables = {"shift": w.shift, "smooth": w.smooth, "hadamard": w.hadamard, "symmetric": w.symmetric}
+        codes, scale, zero, p = quantize_along(rows, directions=w.directions, **tables, **group)
+        quantized = codes, scale, zero
+    y = multiply(quantized, w, bias, index, fraction, x.dtype, backend, p)
+    return y.reshape(*x.shape[:-1], w.features[0])
 
 
 def quantizer(w: QuantizedLinear) -> dict[str, Any]:
-    """What the quantizers of the layer's input take from it, by keyword."""
+    """What the quantizers of the layer's input take from it, by keyword, but its directions."""
     return {
         "shift": w.shift,
         "smooth": w.smooth,
@@ -123,8 +137,9 @@ def multiply(
     fraction: Tensor,
     dtype: torch.dtype,
     backend: str = AUTO,
+    p: Tensor | None = None,
 ) -> Tensor:
-    """codes [M, K], scale, zero of a quantizer -> [M, N] dtype."""
+    """codes [M, K], scale, zero of a quantizer, and the coordinates p [M, R] that it left out -> [M, N] dtype."""
     codes, row_scale, row_zero = quantized
     epilogue = {
         "row_scale": row_scale,
@@ -133,6 +148,8 @@ def multiply(
         "column_sum": w.column_sum,
         "bias": bias,
         "correction": w.correction,
+        "coordinates": p,
+        "responses": w.responses,
         "index": index,
         "fraction": fraction,
         "dtype": dtype,
@@ -162,9 +179,10 @@ def dequantize(w: QuantizedLinear) -> Tensor:
 def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> QuantizedLinear:
     """`weight` [N, K] is dequantize(like) plus a change (a LoRA, a merge): the same layer with the change in it.
 
-    Keeps the shift, scale, rotation and ranges of `like`, and the grid of every row that still fits it, so that
-    no change gives the same codes. The correction gains (weight - old) z, unrounded. A seed != 0 rounds
-    stochastically: a change smaller than half a step then survives on average instead of vanishing.
+    Keeps the shift, scale, rotation, directions and ranges of `like`, and the grid of every row that still fits it,
+    so that no change gives the same codes. Correction and responses gain (weight - old) z and (weight - old) V,
+    unrounded. A seed != 0 rounds stochastically: a change smaller than half a step then survives on average instead
+    of vanishing.
     """
     old = folded_weight(like)
     change = weight.float() - dequantize(like)
@@ -181,6 +199,10 @@ def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> Quantize
     if like.correction is not None and like.shift is not None:
         correction = like.correction.double() + like.shift.double() @ change.double().T
         stored["correction"] = half_if_it_fits(correction).to(like.correction.dtype)
+    if like.responses is not None and like.directions is not None:
+        responses = like.responses.double() + like.directions.double() @ change.double().T
+        # past fp16's reach: 1e4 times what responses are
+        stored["responses"] = responses.clamp(-HALF_MAX, HALF_MAX).half()
     if like.column_sum is not None:
         stored["column_sum"] = column_sum(sums)
     return replace(like, **stored)

@@ -28,7 +28,7 @@ FORMATS = (
         for size in (16, 32, 64)
     ),
 )
-CHANNEL_TABLES = ("qdata", "scale", "levels", "column_sum", "correction")
+CHANNEL_TABLES = ("qdata", "scale", "levels", "column_sum", "correction", "responses")
 
 
 @dataclass(frozen=True)

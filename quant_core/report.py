@@ -9,7 +9,8 @@ from .budget import Choice
 @dataclass(frozen=True)
 class LayerReport:
     """One rounded layer. weight_error: relative L2 of the rounded weight; note: any fallback that was taken;
-    format: name of its scheme; backend: what will multiply it on this machine, where that is known."""
+    format: name of its scheme; backend: what will multiply it on this machine, where that is known; directions: how
+    many of its input stay in 16 bits."""
 
     name: str
     features: tuple[int, int]
@@ -22,6 +23,7 @@ class LayerReport:
     note: str = ""
     format: str = ""
     backend: str = ""
+    directions: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class QuantReport:
         """The largest number of timestep groups any layer uses."""
         return max((layer.groups for layer in self.layers), default=1)
 
+    @property
+    def directions_text(self) -> str:
+        """For a person; empty where no layer has directions."""
+        most = max((layer.directions for layer in self.layers), default=0)
+        return f"up to {most} direction{'s' if most != 1 else ''} in 16 bits, " if most else ""
+
     def to_json(self) -> dict:
         result = {
             "scheme": self.scheme,
@@ -80,7 +88,7 @@ class QuantReport:
         """A few lines for a person, fallbacks and skips listed."""
         lines = [
             f"{self.scheme}: {len(self.layers)} layers, {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.groups} timestep group{'s' if self.groups != 1 else ''}, "
+            f"{self.groups} timestep group{'s' if self.groups != 1 else ''}, {self.directions_text}"
             f"{self.nbytes / 2**20:.1f} MB instead of {2 * self.weights / 2**20:.1f} MB in 16 bits"
         ]
         lines += list(self.notes)

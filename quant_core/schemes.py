@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 HADAMARD_ORDERS = (1, 4, 16, 64, 256)
+MOST_DIRECTIONS = 16
 
 
 class Granularity(Enum):
@@ -106,6 +107,7 @@ class QuantScheme:
 
     scale_strength: exponent of a balanced scale, 0 to 1.
     bias_correction: the mean error that rounding leaves in each timestep group goes into the correction c.
+    directions: how many of the strongest directions of a layer's input stay in 16 bits.
     paper_roles: shift and scale only where HTG applies them (inputs of qkv, fc1 and the attention
     projection); other layers are rounded plainly.
     """
@@ -117,6 +119,7 @@ class QuantScheme:
     scale: Scale = Scale.NONE
     scale_strength: float = 1.0
     hadamard: int = 1
+    directions: int = 0
     partition: Partition = Partition.CALIBRATION
     interpolate: bool = False
     bias_correction: bool = False
@@ -127,6 +130,10 @@ class QuantScheme:
             raise ValueError(f"Hadamard block {self.hadamard} is not a power of 4 up to 256; choose 64 or 256")
         if not 0 <= self.scale_strength <= 1:
             raise ValueError(f"scale strength {self.scale_strength} is not between 0 and 1")
+        if not 0 <= self.directions <= MOST_DIRECTIONS:
+            raise ValueError(f"{self.directions} directions are not 0 to {MOST_DIRECTIONS}")
+        if self.directions and not self.activations.dynamic:
+            raise ValueError("directions are measured token by token; fixed ranges are there to avoid that")
         if self.hadamard > 1 and not self.activations.dynamic and self.activations.range is StaticRange.EXTREMES:
             raise ValueError("extremes are measured before a rotation; set hadamard=1, or range sampled")
         if self.hadamard > 1 and self.shift is Shift.MIDRANGE:
@@ -139,6 +146,7 @@ class QuantScheme:
             and self.scale is Scale.NONE
             and self.activations.dynamic
             and not self.bias_correction
+            and not self.directions
             and self.weights.rounding is Rounding.NEAREST
         )
 

@@ -7,9 +7,12 @@ import torch
 from dit_quant.kernels.tiles import TILES, Tile, family_of
 from dit_quant.kernels.triton_device import capability_of
 
+# directions of a full case
+RANK = 3
+
 
 def case(M: int, N: int, codes: torch.Tensor, *, full: bool, dtype: torch.dtype, device, T: int = 3) -> dict:
-    """Epilogue keywords for weight codes [N, K]; full: zero points, bias and corrections too."""
+    """Epilogue keywords for weight codes [N, K]; full: zero points, bias, corrections and directions too."""
     random = torch.Generator().manual_seed(M * N)
     given = {
         "row_scale": torch.rand(M, 1, generator=random) / 64,
@@ -23,6 +26,8 @@ def case(M: int, N: int, codes: torch.Tensor, *, full: bool, dtype: torch.dtype,
             "column_sum": codes.sum(dim=1, dtype=torch.int32),
             "bias": torch.randn(N, generator=random).to(dtype),
             "correction": torch.randn(T, N, generator=random).half(),
+            "coordinates": torch.randn(M, RANK, generator=random).bfloat16(),
+            "responses": torch.randn(RANK, N, generator=random).half(),
         }
     return {**{name: value.to(device) for name, value in given.items()}, "dtype": dtype}
 

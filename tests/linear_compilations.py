@@ -7,7 +7,7 @@ from dit_quant.kernels.tiles import RAGGED, TILES, Tile, family_of
 INT8 = r"s32\.s8\.s8|kind::i8$"
 AMD_TARGETS = ("gfx942", "gfx1100")
 AMD_INT8 = r"_i32_\d+x\d+x\d+_iu?8$"
-# what a full layer passes: asymmetric tokens, bias, corrections of several timestep groups
+# what a full layer passes: asymmetric tokens, bias, corrections of several timestep groups, directions
 POINTERS = {
     "a_ptr": "*i8:16",
     "w_ptr": "*i8:16",
@@ -18,11 +18,23 @@ POINTERS = {
     "column_sum_ptr": "*i32:16",
     "bias_ptr": "*bf16:16",
     "correction_ptr": "*fp16:16",
+    "coordinates_ptr": "*bf16:16",
+    "responses_ptr": "*fp16:16",
     "index_ptr": "*i64:16",
     "fraction_ptr": "*fp32:16",
 }
 SIZES = {"M": "i32", "T": "i32"}
-OPTIONAL = ("row_zero_ptr", "column_sum_ptr", "bias_ptr", "correction_ptr", "index_ptr", "fraction_ptr")
+DIRECTIONS = ("coordinates_ptr", "responses_ptr")
+OPTIONAL = (
+    "row_zero_ptr",
+    "column_sum_ptr",
+    "bias_ptr",
+    "correction_ptr",
+    "index_ptr",
+    "fraction_ptr",
+    *DIRECTIONS,
+)
+RANK = 4
 
 
 def int8_compilation(
@@ -64,12 +76,15 @@ def compilation(
     ragged: bool,
     odd: bool = False,
 ) -> Compilation:
+    # no preset has 4 bits and directions
+    directions = op == "int8_linear" and not plain
     sizes = {**SIZES, "N": "i32" if ragged or odd else "i32:16", "K": "i32" if odd else "i32:16"}
     signature = {name: kind for name, kind in {**pointers, **sizes}.items() if name not in constexprs}
     constexprs = {
         **constexprs,
         "stride_row_scale": 1,
         "stride_row_zero": 0 if plain else 1,
+        "RANK": RANK if directions else 0,
         "INTERPOLATE": not plain,
         "EVEN_K": not (ragged or odd),
         "BLOCK_M": tile.block_m,
@@ -77,7 +92,7 @@ def compilation(
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
-        "PARTS": tile.parts,
+        "PARTS": tile.parts_with(directions, not (ragged or odd)),
     }
     if op == "int8_linear":
         constexprs["DESCRIPTORS"] = tile.descriptors
@@ -86,8 +101,9 @@ def compilation(
             signature["w_ptr"] = f"tensordesc<i8[{tile.block_n},{tile.block_k}]>"
     if plain:
         signature = {**signature, "y_ptr": "*fp32:16"}
-        signature = {name: kind for name, kind in signature.items() if name not in OPTIONAL}
-        constexprs |= dict.fromkeys(OPTIONAL)
+    absent = OPTIONAL if plain else () if directions else DIRECTIONS
+    signature = {name: kind for name, kind in signature.items() if name not in absent}
+    constexprs |= dict.fromkeys(absent)
     form = "".join(f" {word}" for word, said in (("plain", plain), ("ragged", ragged), ("odd", odd)) if said)
     detail = f" G{constexprs['GROUP']}" + " table" * ("table_ptr" in signature) if op == "int4_linear" else ""
     blocks = (

@@ -6,11 +6,17 @@ from ahead_of_time import CAPABILITIES, Compilation
 from dit_quant.kernels.quantize_rows import LONG_CONSTANTS, plan
 
 MODULE = "dit_quant.kernels.quantize_rows_triton"
-TENSORS = ("x", "up", "weight", "bias", "gamma", "beta", "shift", "smooth", "static_scale", "static_zero")
+TENSORS = (
+    *("x", "up", "weight", "bias", "gamma", "beta", "shift", "smooth"),
+    *("directions", "coordinates", "static_scale", "static_zero"),
+)
 POINTERS = (*TENSORS, "index", "fraction", "codes", "scale", "zero")
 FIXED = {"index": "*i64", "fraction": "*fp32", "codes": "*i8", "scale": "*fp32"}
 # tables that the presets store: (shift, smooth)
-TABLES = {"plain": {}, "tables": {"shift": "*fp16", "smooth": "*fp16"}}
+COLUMNS = {"shift": "*fp16", "smooth": "*fp16"}
+DIRECTIONS = {"directions": "*fp16", "coordinates": "*bf16"}
+TABLES = {"plain": {}, "tables": COLUMNS, "directions": COLUMNS | DIRECTIONS}
+RANK = 4
 
 
 def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain", dtype="bf16", tables="tables"):
@@ -25,13 +31,13 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     if prologue in ("layer", "rms"):
         present |= {"gamma": f"*{dtype}", "beta": f"*{dtype}"}
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
-    tile = plan(K, order, len(TABLES[tables]), itemsize, prologue)
+    tile = plan(K, order, len(TABLES[tables].keys() & COLUMNS), itemsize, prologue, tables == "directions", capability)
     long = tile is None
     pointers = [name for name in POINTERS if not (long and name in ("weight", "bias", "gamma", "beta"))]
     signature = {f"{name}_ptr": f"{present[name]}:16" for name in pointers if name in present}
     constexprs: dict[str, object] = {f"{name}_ptr": None for name in pointers if name not in present}
     signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16", "up_stride": "i32:16"}
-    constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order}
+    constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": RANK * (tables == "directions")}
     options: dict[str, object] = {"enable_fp_fusion": False}
     if tile is None:
         constexprs |= LONG_CONSTANTS
@@ -51,6 +57,30 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     )
 
 
+def coordinates_compilation(K, capability, dtype="bf16"):
+    """The kernel that finds the coordinates of tokens [M, K], for a layer with shift and scale."""
+    present = {
+        "x": f"*{dtype}",
+        "directions": "*fp16",
+        **COLUMNS,
+        "index": "*i64",
+        "fraction": "*fp32",
+        "found": "*bf16",
+    }
+    signature = {f"{name}_ptr": f"{kind}:16" for name, kind in present.items()}
+    signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16"}
+    sizes = {"RANK": RANK, "PADDED": 16, "BLOCK_M": 32, "BLOCK_K": 128, "PRECISION": "tf32"}
+    return Compilation(
+        name=f"coordinates {dtype} K{K}",
+        module="dit_quant.kernels.quantize_along.triton_impl",
+        kernel="coordinates_kernel",
+        signature=signature,
+        constexprs=sizes,
+        capability=capability,
+        options={"num_warps": 4, "num_stages": 3},
+    )
+
+
 def compilations(all: bool = False):
     """(Compilation, expected matrix instructions): a few for every run, or all."""
     for capability in CAPABILITIES:
@@ -60,6 +90,8 @@ def compilations(all: bool = False):
                 ("symmetric", "asymmetric", "static"),
                 TABLES,
             ):
+                if tables == "directions" and ranges != "asymmetric":
+                    continue
                 order = max(n for n in (1, 64, 256) if K % n == 0)
                 for block, dtype in product((1, order), ("bf16", "fp32")):
                     yield compilation(K, capability, order=block, ranges=ranges, tables=tables, dtype=dtype), ""
@@ -69,14 +101,15 @@ def compilations(all: bool = False):
                 yield compilation(K, capability, order=256, prologue=prologue), ""
                 yield compilation(K, capability, prologue=prologue, dtype="fp32", tables="plain"), ""
         else:
-            yield compilation(1152, capability, order=64), ""
+            yield compilation(1152, capability, order=64, tables="directions"), ""
             yield compilation(3072, capability, order=256), ""
+            yield compilation(3072, capability, order=256, tables="directions"), ""
             yield compilation(3072, capability, order=1, ranges="symmetric", tables="plain"), ""
-            yield compilation(12288, capability, order=256), ""
+            yield compilation(12288, capability, order=256, tables="directions"), ""
             yield compilation(15360, capability, order=256, ranges="static"), ""
     if not all:
         yield compilation(15360, 90, order=256, dtype="fp32"), ""
-        yield compilation(20480, 90, order=256), ""
+        yield compilation(20480, 90, order=256, tables="directions"), ""
         yield compilation(3072, 90, order=256, prologue="layer"), ""
         yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""
         yield compilation(12288, 90, order=256, prologue="swiglu"), ""

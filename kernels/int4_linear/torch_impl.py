@@ -33,12 +33,16 @@ def int4_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """As the reference, and as int8_linear of the decoded weight bit for bit."""
     N, K = len(packed), a.shape[1]
     y = torch.empty(len(a), N, dtype=dtype, device=a.device)
-    epilogue = Epilogue.of(row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction)
+    epilogue = Epilogue.of(
+        row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction, coordinates, responses
+    )
     # whole cache lines of y, and columns that need no padding
     block = max(64, (CPU_BLOCK if a.device.type == "cpu" else DEVICE_BLOCK) // max(K, 1) // 64 * 64)
     for start in range(0, N, block):

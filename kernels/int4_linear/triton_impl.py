@@ -34,6 +34,8 @@ def int4_linear_kernel(
     column_sum_ptr,
     bias_ptr,
     correction_ptr,
+    coordinates_ptr,
+    responses_ptr,
     index_ptr,
     fraction_ptr,
     M,
@@ -44,6 +46,7 @@ def int4_linear_kernel(
     stride_row_zero,
     GROUP: tl.constexpr,
     LEVEL_ALIGNMENT: tl.constexpr,
+    RANK: tl.constexpr,
     INTERPOLATE: tl.constexpr,
     EVEN_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -101,6 +104,8 @@ def int4_linear_kernel(
         column_sum_ptr,
         bias_ptr,
         correction_ptr,
+        coordinates_ptr,
+        responses_ptr,
         index_ptr,
         fraction_ptr,
         M,
@@ -110,6 +115,7 @@ def int4_linear_kernel(
         stride_row_zero,
         first_m,
         first_n,
+        RANK,
         INTERPOLATE,
         BLOCK_M,
         BLOCK_N,
@@ -148,6 +154,8 @@ def int4_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a [M, K] int8, packed [N, K / 2] uint8, levels [N, G] uint8 -> [M, N] dtype; see reference.py.
@@ -165,7 +173,9 @@ def int4_linear(
     words, levels = aligned(packed).view(torch.int32), aligned(levels)
     lookup = None if table is None else aligned(table).view(torch.int32)
     y = torch.empty((M, N), dtype=dtype, device=a.device)
-    operands = epilogue_operands(row_scale, column_scale, row_zero, column_sum, bias, correction, index, fraction)
+    operands = epilogue_operands(
+        row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
+    )
     strides = row_stride(row_scale), row_stride(row_zero)
     capability = capability_of(a.device)
     transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
@@ -187,10 +197,11 @@ def int4_linear(
             LEVEL_ALIGNMENT=math.gcd(G, 16),
             TRANSPOSED=transposed,
             PERMUTE=permute,
-            **launch_options(tile, K, correction),
+            **launch_options(tile, K, correction, responses),
         )
 
     if y.numel():
-        flags = (dtype, group, table is not None, row_zero is not None, bias is not None, correction is not None)
+        given = (table, row_zero, bias, correction, responses)
+        flags = (dtype, group, *(operand is not None for operand in given))
         run("int4_linear", launch, a.device, M, N, K, flags)
     return y

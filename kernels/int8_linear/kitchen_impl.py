@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..directions import along, check
 from ..kitchen import codes_product, device_refusal
 from ..numerics import lerp_rows
 
@@ -45,14 +46,19 @@ def int8_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As the reference. Its own bias is in the output's type and may be fused into the last product, so bias and
-    c(sigma) are added here, in fp32 and in the reference's order."""
+    """As the reference. Its own bias is in the output's type and may be fused into the last product, so p B, bias
+    and c(sigma) are added here, in fp32 and in the reference's order."""
     if row_zero is not None:
         raise ValueError("comfy-kitchen's epilogue has no zero point")
-    plain = bias is None and correction is None
+    check(coordinates, responses, len(a), len(w))
+    plain = bias is None and correction is None and coordinates is None
     y = codes_product()(a, w, row_scale, column_scale, None, dtype if plain else torch.float32)
+    if coordinates is not None and responses is not None:
+        y = along(y, coordinates, responses)
     if bias is not None:
         y += bias.float()
     if correction is not None:

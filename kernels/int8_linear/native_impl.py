@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..directions import check
 from ..native import library
 from ..native.arguments import address, table_row, vector
 from ..native.scratch import scratch
@@ -25,6 +26,8 @@ def int8_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     levels: Tensor | None = None,
     table: Tensor | None = None,
@@ -49,6 +52,8 @@ def int8_linear(
         for name, values in (("column_scale", column_scale), ("bias", bias), ("correction", c))
     )
     column_sum = vector("column_sum", column_sum, N, torch.int32)
+    check(coordinates, responses, M, N)
+    p, B = (None if v is None else v.float().contiguous() for v in (coordinates, responses))
     y = torch.empty(M, N, dtype=dtype)
     native.linear(
         address(a),
@@ -65,6 +70,9 @@ def int8_linear(
         address(column_sum),
         address(bias),
         address(c),
+        0 if p is None else p.shape[1],
+        address(p),
+        address(B),
         address(y),
         library.DTYPES[dtype],
         scratch(native.linear_buffer(M, K, torch.get_num_threads())),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..directions import along, check
 from ..numerics import lerp_rows
 
 
@@ -29,17 +30,22 @@ def epilogue(
     column_sum: Tensor | None,
     bias: Tensor | None,
     correction: Tensor | None,
+    coordinates: Tensor | None,
+    responses: Tensor | None,
     index: Tensor,
     fraction: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """accumulator [M, N] int32 -> row scale * column scale * (acc - zero * column sum) + b + c(sigma)."""
+    """accumulator [M, N] int32 -> row scale * column scale * (acc - zero * column sum) + p B + b + c(sigma)."""
     y = accumulator.float()
     if row_zero is not None:
         if column_sum is None:
             raise ValueError("an asymmetric activation needs the weight's column sums")
         y = y - row_zero * column_sum.float()
     y = y * row_scale * column_scale.reshape(1, -1)
+    check(coordinates, responses, *y.shape)
+    if coordinates is not None and responses is not None:
+        y = along(y, coordinates, responses)
     if bias is not None:
         y = y + bias.float()
     if correction is not None:
@@ -59,12 +65,15 @@ def int8_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a [M, K] int8, w [N, K] int8 -> [M, N] dtype.
 
     row_scale, row_zero [M, 1] fp32; column_scale [N, 1] fp32; column_sum [N] int32; bias [N];
-    correction [T, N], looked up at the device-side index and fraction.
+    correction [T, N], looked up at the device-side index and fraction; coordinates [M, R] bf16 of the tokens along
+    the quantizer's directions, responses B [R, N] fp16 of the weight to these.
     """
     return epilogue(
         int8_matmul(a, w),
@@ -74,6 +83,8 @@ def int8_linear(
         column_sum=column_sum,
         bias=bias,
         correction=correction,
+        coordinates=coordinates,
+        responses=responses,
         index=index,
         fraction=fraction,
         dtype=dtype,

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..directions import check
 from ..numerics import lerp_rows
 from .reference import int8_matmul
 
@@ -36,27 +37,48 @@ def int8_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """As the reference; but bias and correction are added up first, and sums may be fused with their product."""
     y = torch.empty(len(a), len(w), dtype=dtype, device=a.device)
-    epilogue = Epilogue.of(row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction)
+    epilogue = Epilogue.of(
+        row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction, coordinates, responses
+    )
     multiply(a, w, epilogue, y)
     return y
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """row_scale, row_zero [M, 1]; column_scale, negative_sum (of the codes), addend (b + c) [N]; all fp32."""
+    """row_scale, row_zero [M, 1]; column_scale, negative_sum (of the codes), addend (b + c) [N]; coordinates [M, R];
+    responses [R, N]; all fp32."""
 
     row_scale: Tensor
     column_scale: Tensor
     row_zero: Tensor | None
     negative_sum: Tensor | None
     addend: Tensor | None
+    coordinates: Tensor | None
+    responses: Tensor | None
 
     @classmethod
-    def of(cls, row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction) -> "Epilogue":
+    def of(
+        cls,
+        row_scale: Tensor,
+        column_scale: Tensor,
+        index: Tensor,
+        fraction: Tensor,
+        row_zero: Tensor | None,
+        column_sum: Tensor | None,
+        bias: Tensor | None,
+        correction: Tensor | None,
+        coordinates: Tensor | None,
+        responses: Tensor | None,
+    ) -> "Epilogue":
+        """From the arguments of the ops."""
+        check(coordinates, responses, len(row_scale), column_scale.numel())
         if row_zero is None:
             column_sum = None
         elif column_sum is None:
@@ -66,12 +88,16 @@ class Epilogue:
             c = lerp_rows(correction, index, fraction)
             addend = c if addend is None else addend + c
         negative_sum = None if column_sum is None else column_sum.float().neg_()
-        return cls(row_scale, column_scale.reshape(-1), row_zero, negative_sum, addend)
+        p, B = (None if v is None else v.float() for v in (coordinates, responses))
+        return cls(row_scale, column_scale.reshape(-1), row_zero, negative_sum, addend, p, B)
 
     def columns(self, part: slice) -> "Epilogue":
         """The same for some of the output columns."""
         negative_sum, addend = (None if v is None else v[part] for v in (self.negative_sum, self.addend))
-        return Epilogue(self.row_scale, self.column_scale[part], self.row_zero, negative_sum, addend)
+        B = None if self.responses is None else self.responses[:, part]
+        return Epilogue(
+            self.row_scale, self.column_scale[part], self.row_zero, negative_sum, addend, self.coordinates, B
+        )
 
     def apply(self, accumulator: Tensor, rows: slice, out: Tensor) -> None:
         """accumulator [m, N] int32, contiguous, is overwritten; out [m, N], which may be the same memory."""
@@ -85,6 +111,8 @@ class Epilogue:
             torch.mul(y, self.column_scale, out=last)
         else:
             torch.addcmul(self.addend, y, self.column_scale, out=last)
+        if self.coordinates is not None and self.responses is not None:
+            last.addmm_(self.coordinates[rows], self.responses)
         if last is not out:
             out.copy_(last)
 

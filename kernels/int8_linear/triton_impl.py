@@ -36,6 +36,8 @@ def int8_linear_kernel(
     column_sum_ptr,
     bias_ptr,
     correction_ptr,
+    coordinates_ptr,
+    responses_ptr,
     index_ptr,
     fraction_ptr,
     M,
@@ -44,6 +46,7 @@ def int8_linear_kernel(
     T,
     stride_row_scale,
     stride_row_zero,
+    RANK: tl.constexpr,
     INTERPOLATE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,6 +95,8 @@ def int8_linear_kernel(
         column_sum_ptr,
         bias_ptr,
         correction_ptr,
+        coordinates_ptr,
+        responses_ptr,
         index_ptr,
         fraction_ptr,
         M,
@@ -101,6 +106,7 @@ def int8_linear_kernel(
         stride_row_zero,
         first_m,
         first_n,
+        RANK,
         INTERPOLATE,
         BLOCK_M,
         BLOCK_N,
@@ -138,6 +144,8 @@ def int8_linear(
     column_sum: Tensor | None = None,
     bias: Tensor | None = None,
     correction: Tensor | None = None,
+    coordinates: Tensor | None = None,
+    responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a [M, K] int8, w [N, K] int8 -> [M, N] dtype; see reference.py. Bit for bit the same."""
@@ -146,7 +154,9 @@ def int8_linear(
     if w.shape[1] != K:
         raise ValueError(f"a has {K} columns, w {w.shape[1]}")
     y = torch.empty((M, N), dtype=dtype, device=a.device)
-    operands = epilogue_operands(row_scale, column_scale, row_zero, column_sum, bias, correction, index, fraction)
+    operands = epilogue_operands(
+        row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
+    )
     strides = row_stride(row_scale), row_stride(row_zero)
 
     def launch(tile: Tile) -> None:
@@ -162,11 +172,11 @@ def int8_linear(
             groups_of(correction),
             *strides,
             DESCRIPTORS=descriptors,
-            **launch_options(tile, K, correction),
+            **launch_options(tile, K, correction, responses),
         )
 
     if y.numel():
-        flags = (dtype, row_zero is not None, bias is not None, correction is not None)
+        flags = (dtype, row_zero is not None, bias is not None, correction is not None, responses is not None)
         run("int8_linear", launch, a.device, M, N, K, flags)
     return y
 

@@ -33,14 +33,34 @@ TIMEOUT = 120
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 TEAM = (POINTER, POINTER, ctypes.c_uint)
+# number, coordinates, table
+DIRECTIONS = (SIZE, POINTER, POINTER)
 SIGNATURES = {
     "quantize_activation": (
         None,
-        # x, dtype, M, K, stride; offset, factor, order, symmetric; fixed range; codes, scale, zero; buffers
-        (*TEAM, POINTER, INT, SIZE, SIZE, SIZE, POINTER, POINTER, INT, INT, *[POINTER] * 6),
+        # x, dtype, M, K, stride; offset, factor; number of directions, whether to find the coordinates, these and the
+        # directions; order, symmetric; fixed range; codes, scale, zero; buffers
+        (
+            *TEAM,
+            POINTER,
+            INT,
+            SIZE,
+            SIZE,
+            SIZE,
+            POINTER,
+            POINTER,
+            SIZE,
+            INT,
+            POINTER,
+            POINTER,
+            INT,
+            INT,
+            *[POINTER] * 6,
+        ),
     ),
-    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; y, dtype, buffer
-    "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, POINTER, INT, POINTER)),
+    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; directions; y, dtype,
+    # buffer
+    "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, *DIRECTIONS, POINTER, INT, POINTER)),
     "linear_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
 }
 # as numbered in lanes.h

@@ -33,6 +33,8 @@ typedef struct {
     int64_t M, N, K, G;
     const float *row_scale, *row_zero, *column_scale, *bias, *correction;
     const int32_t *column_sum;
+    int64_t rank;
+    const float *coordinates, *responses;
     void *y;
     int dtype;
     // the chunk: its tiles, the panels that are multiplied by a whole part of them, the pieces in which the others are
@@ -167,7 +169,7 @@ INLINE void pack_panel(const Product *product, int64_t n, int bits, uint8_t *out
 static void pack_panel8(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 8, out, first); }
 static void pack_panel4(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 4, out, first); }
 
-// row scale * column scale * (sum - zero * column sum) + b + c, in the reference's order of operations, of one half of
+// row scale * column scale * (sum - zero * column sum) + p B + b + c, in the reference's order of operations, of one half of
 // a tile: rows m and following, columns n and following
 INLINE void finish(const Product *p, int64_t m, int64_t n, int64_t rows, const int count, __m512i sum[][2], int half) {
     if (n >= p->N) return;
@@ -176,15 +178,27 @@ INLINE void finish(const Product *p, int64_t m, int64_t n, int64_t rows, const i
     __m512 column = p->row_zero ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, p->column_sum + n)) : none;
     __m512 bias = p->bias ? _mm512_maskz_loadu_ps(mask, p->bias + n) : none;
     __m512 correction = p->correction ? _mm512_maskz_loadu_ps(mask, p->correction + n) : none;
+    __m512 y[TILE_M];
+#pragma GCC unroll 12
+    for (int i = 0; i < count; i++) {
+        int64_t row = m + MIN(i, rows - 1);
+        y[i] = _mm512_cvtepi32_ps(sum[i][half]);
+        if (p->row_zero) y[i] = _mm512_sub_ps(y[i], _mm512_mul_ps(_mm512_set1_ps(p->row_zero[row]), column));
+        y[i] = _mm512_mul_ps(_mm512_mul_ps(y[i], _mm512_set1_ps(p->row_scale[row])), scale);
+    }
+    for (int64_t r = 0; r < p->rank; r++) {
+        __m512 response = _mm512_maskz_loadu_ps(mask, p->responses + r * p->N + n);
+        // fused: p B is exact, see kernels/directions.py
+#pragma GCC unroll 12
+        for (int i = 0; i < count; i++)
+            y[i] = _mm512_fmadd_ps(_mm512_set1_ps(p->coordinates[(m + MIN(i, rows - 1)) * p->rank + r]), response, y[i]);
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
         if (i >= rows) break;
-        __m512 y = _mm512_cvtepi32_ps(sum[i][half]);
-        if (p->row_zero) y = _mm512_sub_ps(y, _mm512_mul_ps(_mm512_set1_ps(p->row_zero[m + i]), column));
-        y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(p->row_scale[m + i])), scale);
-        if (p->bias) y = _mm512_add_ps(y, bias);
-        if (p->correction) y = _mm512_add_ps(y, correction);
-        store_lanes(p->y, p->dtype, (m + i) * p->N + n, mask, y);
+        if (p->bias) y[i] = _mm512_add_ps(y[i], bias);
+        if (p->correction) y[i] = _mm512_add_ps(y[i], correction);
+        store_lanes(p->y, p->dtype, (m + i) * p->N + n, mask, y[i]);
     }
 }
 
@@ -281,15 +295,18 @@ int64_t linear_buffer(int64_t M, int64_t K, unsigned threads) {
 }
 
 // a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
-// column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; y [M, N];
+// column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; coordinates [M, rank],
+// responses [rank, N]; y [M, N];
 // buffer [linear_buffer(M, K, threads)], aligned to 64 bytes
 void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, const uint8_t *w, const uint8_t *levels,
             const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G, const float *row_scale,
             const float *row_zero, const float *column_scale, const int32_t *column_sum, const float *bias,
-            const float *correction, void *y, int dtype, uint8_t *buffer) {
+            const float *correction, int64_t rank, const float *coordinates, const float *responses, void *y, int dtype,
+            uint8_t *buffer) {
     Product p = {.a = a, .w = w, .levels = levels, .table = table, .M = M, .N = N, .K = K, .G = G,
                  .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
-                 .correction = correction, .column_sum = column_sum, .y = y, .dtype = dtype};
+                 .correction = correction, .column_sum = column_sum, .rank = rank, .coordinates = coordinates,
+                 .responses = responses, .y = y, .dtype = dtype};
     int64_t most = chunk_tiles(M, K), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * (dtype == FP32 ? 4 : 2);
     p.tokens = buffer;
     p.panels = buffer + most * tile_size(K);

@@ -9,12 +9,21 @@
 #define QMAX 127.0f
 // rows that a thread takes at a time
 #define PORTION 8
+#define MOST_DIRECTIONS 16
+// directions whose sums stay in registers
+#define SUMS 4
 
 typedef struct {
     const void *x;
     int dtype, order, symmetric;
     int64_t M, K, stride;
-    const float *offset, *factor, *fixed_scale, *fixed_zero;
+    const float *offset, *factor;
+    // directions V and their duals V / s² [rank, K], z · duals; bf16 coordinates [M, rank], given or to be found
+    int64_t rank;
+    int find;
+    uint16_t *coordinates;
+    float *directions, *duals, origin[MOST_DIRECTIONS];
+    const float *fixed_scale, *fixed_zero;
     int8_t *codes;
     float *scale, *zero, *buffers;
     Team team;
@@ -56,23 +65,77 @@ INLINE void widen(Range *range, __m512 v, __mmask16 mask) {
     range->nan = _kor_mask16(range->nan, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q));
 }
 
-INLINE __m512 shifted(const void *x, int dtype, const float *offset, const float *factor, int64_t at, __mmask16 mask) {
-    __m512 v = load_lanes(x, dtype, at, mask);
-    if (offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, offset + at));
-    if (factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor + at));
+// a row of x, how many bytes the next one lies behind it, and its coordinates
+typedef struct {
+    const void *x;
+    int64_t next;
+    float coordinates[MOST_DIRECTIONS];
+} Row;
+
+// lanes `at` and following of two rows, times those of `count` duals
+INLINE void add_products(const Quantizer *q, const void *x, const void *other, int dtype, const float *dual, int64_t at,
+                         __mmask16 mask, __m512 sum[][2], const int count) {
+    __m512 v = load_lanes(x, dtype, at, mask), w = load_lanes(other, dtype, at, mask);
+    // the next two rows come from memory meanwhile
+    int64_t size = dtype == FP32 ? 4 : 2, next = (at + 2 * q->stride) * size;
+    _mm_prefetch((const char *)x + next, _MM_HINT_T0);
+    _mm_prefetch((const char *)other + next, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+        __m512 factor = _mm512_maskz_loadu_ps(mask, dual + r * q->K + at);
+        sum[r][0] = _mm512_fmadd_ps(v, factor, sum[r][0]);
+        sum[r][1] = _mm512_fmadd_ps(w, factor, sum[r][1]);
+    }
+}
+
+INLINE void project(const Quantizer *q, const void *x, const void *other, int dtype, int64_t first, const int count,
+                    float p[][MOST_DIRECTIONS]) {
+    const float *dual = q->duals + first * q->K;
+    __m512 sum[SUMS][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    int64_t at = 0;
+    for (; at + LANES <= q->K; at += LANES) add_products(q, x, other, dtype, dual, at, ALL, sum, count);
+    if (at < q->K) add_products(q, x, other, dtype, dual, at, first_lanes(q->K - at), sum, count);
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < 2; i++) p[i][first + r] = _mm512_reduce_add_ps(sum[r][i]) - q->origin[first + r];
+}
+
+// the coordinates of rows `row` and the next, if that is below `end`; two at a time share what they are multiplied by
+INLINE void find_coordinates(const Quantizer *q, int64_t row, int64_t end, int dtype) {
+    float p[2][MOST_DIRECTIONS];
+    int64_t size = dtype == FP32 ? 4 : 2, rows = MIN(2, end - row), first = 0;
+    const char *x = (const char *)q->x + row * q->stride * size, *other = x + (rows - 1) * q->stride * size;
+    for (; first + SUMS <= q->rank; first += SUMS) project(q, x, other, dtype, first, SUMS, p);
+    for (; first < q->rank; first++) project(q, x, other, dtype, first, 1, p);
+    __mmask16 mask = first_lanes(q->rank);
+    for (int64_t i = 0; i < rows; i++)
+        _mm256_mask_storeu_epi16(q->coordinates + (row + i) * q->rank, mask,
+                                 bf16_lanes(_mm512_maskz_loadu_ps(mask, p[i])));
+}
+
+// (x - z - p V) / s. Fused: p V is exact, see kernels/directions.py.
+INLINE __m512 shifted(const Quantizer *q, const Row *row, int dtype, int64_t at, __mmask16 mask) {
+    __m512 v = load_lanes(row->x, dtype, at, mask);
+    if (q->offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, q->offset + at));
+    for (int64_t r = 0; r < q->rank; r++) {
+        __m512 direction = _mm512_maskz_loadu_ps(mask, q->directions + r * q->K + at);
+        v = _mm512_fnmadd_ps(_mm512_set1_ps(row->coordinates[r]), direction, v);
+    }
+    if (q->factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, q->factor + at));
     return v;
 }
 
-// x -> ((x - z) / s) H of `count` registers of a row, the last of them masked
-INLINE void transform(const void *x, int dtype, const float *offset, const float *factor, int order, int64_t start,
-                      __mmask16 mask, int64_t next, Range *range, float *out) {
+// x -> ((x - z - p V) / s) H of `count` registers of a row, the last of them masked
+INLINE void transform(const Quantizer *q, const Row *row, int dtype, int order, int64_t start, __mmask16 mask,
+                      Range *range, float *out) {
     __m512 v[16];
     const int count = order <= LANES ? 1 : order / LANES;
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++) {
         // the next row comes from memory meanwhile
-        _mm_prefetch((const char *)x + next + (start + i * LANES) * (dtype == FP32 ? 4 : 2), _MM_HINT_T0);
-        v[i] = shifted(x, dtype, offset, factor, start + i * LANES, mask);
+        _mm_prefetch((const char *)row->x + row->next + (start + i * LANES) * (dtype == FP32 ? 4 : 2), _MM_HINT_T0);
+        v[i] = shifted(q, row, dtype, start + i * LANES, mask);
         if (order >= 4) v[i] = butterfly_lanes(v[i]);
         if (order >= 16) v[i] = butterfly_quarters(v[i]);
     }
@@ -89,12 +152,11 @@ INLINE void transform(const void *x, int dtype, const float *offset, const float
     }
 }
 
-INLINE void transform_row(const void *x, int dtype, const float *offset, const float *factor, int order, int64_t K,
-                          int64_t next, Range *range, float *out) {
+INLINE void transform_row(const Quantizer *q, const Row *row, int dtype, int order, Range *range, float *out) {
     const int64_t step = order <= LANES ? LANES : order;
     int64_t start = 0;
-    for (; start + step <= K; start += step) transform(x, dtype, offset, factor, order, start, ALL, next, range, out);
-    if (start < K) transform(x, dtype, offset, factor, order, start, first_lanes(K - start), next, range, out);
+    for (; start + step <= q->K; start += step) transform(q, row, dtype, order, start, ALL, range, out);
+    if (start < q->K) transform(q, row, dtype, order, start, first_lanes(q->K - start), range, out);
 }
 
 INLINE float safe_scale(float extent, float qmax) {
@@ -137,15 +199,19 @@ INLINE void encode(const float *v, int64_t K, float scale, float zero, int8_t *c
 
 INLINE void quantize_row(Quantizer *q, int64_t row, int dtype, int order, float *buffer) {
     int64_t next = q->stride * (dtype == FP32 ? 4 : 2);
-    const char *x = (const char *)q->x + row * next;
+    Row tokens = {.x = (const char *)q->x + row * next, .next = next};
+    if (q->rank) {
+        __mmask16 mask = first_lanes(q->rank);
+        _mm512_mask_storeu_ps(tokens.coordinates, mask, load_lanes(q->coordinates, BF16, row * q->rank, mask));
+    }
     float scale, zero;
     if (q->fixed_scale) {
-        transform_row(x, dtype, q->offset, q->factor, order, q->K, next, NULL, buffer);
+        transform_row(q, &tokens, dtype, order, NULL, buffer);
         scale = *q->fixed_scale;
         zero = q->fixed_zero ? *q->fixed_zero : 0.0f;
     } else {
         Range range = {_mm512_set1_ps(INFINITY), _mm512_set1_ps(-INFINITY), 0};
-        transform_row(x, dtype, q->offset, q->factor, order, q->K, next, &range, buffer);
+        transform_row(q, &tokens, dtype, order, &range, buffer);
         row_range(&range, q->symmetric, &scale, &zero);
         q->scale[row] = scale;
         if (q->zero) q->zero[row] = zero;
@@ -158,7 +224,10 @@ INLINE void quantize_rows(Quantizer *q, int dtype, int order, float *buffer) {
     for (int64_t share = own; share < own + shares; share++) {
         int64_t first = q->M * (share % shares) / shares, end = q->M * (share % shares + 1) / shares;
         while ((taken = first + take(&q->team, share % shares, PORTION)) < end)
-            for (int64_t row = taken; row < MIN(taken + PORTION, end); row++) quantize_row(q, row, dtype, order, buffer);
+            for (int64_t row = taken, last = MIN(taken + PORTION, end); row < last; row++) {
+                if (q->find && (row - taken) % 2 == 0) find_coordinates(q, row, last, dtype);
+                quantize_row(q, row, dtype, order, buffer);
+            }
     }
 }
 
@@ -186,13 +255,39 @@ static void work(void *data) {
     }
 }
 
-// x [M, K], its rows `stride` apart; offset, factor [K] or null; fixed_scale, fixed_zero [1]: a static range;
-// codes [M, K]; scale, zero [M], zero null where symmetric or static; buffers [threads, K]
+// V fp16 -> V, V / s² and z · V / s² in fp32
+static void prepare(Quantizer *q, const uint16_t *directions) {
+    for (int64_t r = 0; r < q->rank; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < q->K; k += LANES) {
+            __mmask16 mask = first_lanes(q->K - k);
+            __m512 v = load_lanes(directions + r * q->K, FP16, k, mask);
+            store_lanes(q->directions + r * q->K, FP32, k, mask, v);
+            if (q->factor) {
+                __m512 inverse = _mm512_maskz_loadu_ps(mask, q->factor + k);
+                v = _mm512_mul_ps(_mm512_mul_ps(v, inverse), inverse);
+            }
+            store_lanes(q->duals + r * q->K, FP32, k, mask, v);
+            if (q->offset) sum = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(mask, q->offset + k), sum);
+        }
+        q->origin[r] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+// x [M, K], its rows `stride` apart; offset, factor [K] or null; coordinates [M, rank] bf16, read or found, directions
+// [rank, K] fp16; fixed_scale, fixed_zero [1]: a static range; codes [M, K]; scale, zero [M], zero null where symmetric
+// or static; buffers [threads + 2 rank, K]
 void quantize_activation(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M,
-                         int64_t K, int64_t stride, const float *offset, const float *factor, int order, int symmetric,
+                         int64_t K, int64_t stride, const float *offset, const float *factor, int64_t rank, int find,
+                         uint16_t *coordinates, const uint16_t *directions, int order, int symmetric,
                          const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
                          float *buffers) {
-    Quantizer q = {x, dtype, order, symmetric, M, K, stride, offset, factor, fixed_scale, fixed_zero,
-                   codes, scale, zero, buffers, team(parallel, number, threads, M / PORTION)};
+    float *V = buffers + threads * K;
+    Quantizer q = {.x = x, .dtype = dtype, .order = order, .symmetric = symmetric, .M = M, .K = K, .stride = stride,
+                   .offset = offset, .factor = factor, .rank = rank, .find = find, .coordinates = coordinates,
+                   .directions = V, .duals = V + rank * K, .fixed_scale = fixed_scale, .fixed_zero = fixed_zero,
+                   .codes = codes, .scale = scale, .zero = zero, .buffers = buffers,
+                   .team = team(parallel, number, threads, M / PORTION)};
+    prepare(&q, directions);
     run(&q.team, work, &q);
 }

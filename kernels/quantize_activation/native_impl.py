@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..directions import check
 from ..native import library
 from ..native.arguments import address, table_row, vector
 from ..native.scratch import scratch
@@ -24,12 +25,34 @@ def quantize_activation(
     fraction: Tensor,
     shift: Tensor | None = None,
     smooth: Tensor | None = None,
+    directions: Tensor | None = None,
+    coordinates: Tensor | None = None,
     hadamard: int = 1,
     symmetric: bool = True,
     static_scale: Tensor | None = None,
     static_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the reference, and bit-equal to it."""
+    return quantize_rows(
+        x, index, fraction, shift, smooth, directions, coordinates, hadamard, symmetric, static_scale, static_zero
+    )
+
+
+def quantize_rows(
+    x: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    shift: Tensor | None,
+    smooth: Tensor | None,
+    directions: Tensor | None,
+    coordinates: Tensor | None,
+    hadamard: int,
+    symmetric: bool,
+    static_scale: Tensor | None,
+    static_zero: Tensor | None,
+    find: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes, scale, zero. find: the coordinates are found first, and written."""
     native = library.library()
     if isinstance(native, str):
         raise RuntimeError(native)
@@ -40,6 +63,9 @@ def quantize_activation(
         x = x.contiguous()
     offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
     factor = None if smooth is None else vector("smooth", smooth.float().reciprocal(), K, torch.float32)
+    check(coordinates, directions, M, K)
+    p, V = (None if v is None else v.contiguous() for v in (coordinates, directions))
+    rank = 0 if V is None else len(V)
     fixed_scale = fixed_zero = scale = zero = None
     if static_scale is not None:
         fixed_scale = table_row(static_scale[:, None], index, fraction)
@@ -57,6 +83,10 @@ def quantize_activation(
         x.stride(0),
         address(offset),
         address(factor),
+        rank,
+        int(find),
+        address(p),
+        address(V),
         hadamard,
         int(symmetric),
         address(fixed_scale),
@@ -64,7 +94,7 @@ def quantize_activation(
         address(codes),
         address(scale),
         address(zero),
-        scratch(torch.get_num_threads() * K * 4),
+        scratch((torch.get_num_threads() + 2 * rank) * K * 4),
     )
     if fixed_scale is not None:
         return codes, fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)

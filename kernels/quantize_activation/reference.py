@@ -3,14 +3,27 @@
 import torch
 from torch import Tensor
 
+from ..directions import along, check
 from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
 
 
-def transform(x: Tensor, shift: Tensor | None, smooth: Tensor | None, index: Tensor, fraction: Tensor, order: int):
-    """x [M, K] -> ((x - z(sigma)) / s) H, fp32; the division is a product with 1 / s."""
+def transform(
+    x: Tensor,
+    shift: Tensor | None,
+    smooth: Tensor | None,
+    index: Tensor,
+    fraction: Tensor,
+    order: int,
+    directions: Tensor | None = None,
+    coordinates: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] -> ((x - z(sigma) - p V) / s) H, fp32; the division is a product with 1 / s."""
     x = x.float()
     if shift is not None:
         x = x - lerp_rows(shift, index, fraction)
+    check(coordinates, directions, *x.shape)
+    if directions is not None and coordinates is not None:
+        x = along(x, coordinates, directions, -1.0)
     if smooth is not None:
         x = x * smooth.float().reciprocal()
     return rotate(x, order)
@@ -23,6 +36,8 @@ def quantize_activation(
     fraction: Tensor,
     shift: Tensor | None = None,
     smooth: Tensor | None = None,
+    directions: Tensor | None = None,
+    coordinates: Tensor | None = None,
     hadamard: int = 1,
     symmetric: bool = True,
     static_scale: Tensor | None = None,
@@ -30,12 +45,13 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] float -> codes [M, K] int8, scale [M, 1] fp32, zero [M, 1] fp32 (integers) or None.
 
-    x - z ~ s * scale * (codes - zero), row by row.
+    x - z - p V ~ s * scale * (codes - zero), row by row.
 
-    shift [T, K] and smooth [K] as in `transform`; index, fraction [1] choose the timestep group on the device.
+    shift [T, K], smooth [K], directions [R, K] fp16 and coordinates [M, R] bf16 as in `transform`; index, fraction [1]
+    choose the timestep group on the device.
     Dynamic per-token ranges unless static_scale [T] (and static_zero [T] when asymmetric) are given.
     """
-    x = transform(x, shift, smooth, index, fraction, hadamard)
+    x = transform(x, shift, smooth, index, fraction, hadamard, directions, coordinates)
     if static_scale is not None:
         scale = lerp_rows(static_scale[:, None], index, fraction).expand(x.shape[0], 1)
         zero = None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..directions import check
 from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
 from ..numerics import hadamard as hadamard_matrix
 from .reference import asymmetric_range
@@ -27,6 +28,8 @@ def quantize_activation(
     fraction: Tensor,
     shift: Tensor | None = None,
     smooth: Tensor | None = None,
+    directions: Tensor | None = None,
+    coordinates: Tensor | None = None,
     hadamard: int = 1,
     symmetric: bool = True,
     static_scale: Tensor | None = None,
@@ -34,6 +37,7 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the reference, and bit-equal to it, except that a rotation on CPU adds in another order."""
     M, K = x.shape
+    check(coordinates, directions, M, K)
     on_cpu = x.device.type == "cpu"
     by_product = on_cpu and hadamard > 1 and fp32_products_are_fp32()
     offset = None if shift is None else lerp_rows(shift, index, fraction)
@@ -47,7 +51,12 @@ def quantize_activation(
     ranges = []
     for start in range(0, M, block):
         part, out = x[start : start + block], codes[start : start + block]
-        y = (transform_by_product if by_product else transform)(part, offset, factor, hadamard, buffers[:, : len(part)])
+        lines = None
+        if coordinates is not None and directions is not None:
+            lines = coordinates[start : start + block].float(), directions.float()
+        y = (transform_by_product if by_product else transform)(
+            part, offset, lines, factor, hadamard, buffers[:, : len(part)]
+        )
         if static is not None:
             encode(y, *static, out, clamp=True)
             continue
@@ -88,13 +97,21 @@ def usual_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (low * scale.reciprocal()).round_().neg_().sub_(INT8_MAX)
 
 
-def transform(x: Tensor, offset: Tensor | None, factor: Tensor | None, order: int, buffers: Tensor) -> Tensor:
-    """x [m, K] -> ((x - z) / s) H fp32, in buffers [1, m, K] unless rotated."""
-    return rotate(subtract_and_scale(x, offset, factor, buffers[0]), order)
+# p [m, R] and V [R, K], fp32
+Lines = tuple[Tensor, Tensor]
 
 
-def subtract_and_scale(x: Tensor, offset: Tensor | None, factor: Tensor | None, out: Tensor) -> Tensor:
-    """x [m, K] -> (x - offset) * factor, fp32."""
+def transform(
+    x: Tensor, offset: Tensor | None, lines: Lines | None, factor: Tensor | None, order: int, buffers: Tensor
+) -> Tensor:
+    """x [m, K] -> ((x - z - p V) / s) H fp32, in buffers [1, m, K] unless rotated."""
+    return rotate(subtract_and_scale(x, offset, lines, factor, buffers[0]), order)
+
+
+def subtract_and_scale(
+    x: Tensor, offset: Tensor | None, lines: Lines | None, factor: Tensor | None, out: Tensor
+) -> Tensor:
+    """x [m, K] -> (x - offset - p V) * factor, fp32."""
     if offset is not None and x.dtype is torch.float32:
         torch.sub(x, offset, out=out)
     else:
@@ -102,22 +119,25 @@ def subtract_and_scale(x: Tensor, offset: Tensor | None, factor: Tensor | None, 
         out.copy_(x)
         if offset is not None:
             out.sub_(offset)
+    if lines is not None:
+        for p, v in zip(lines[0].unbind(1), lines[1], strict=True):
+            out.addcmul_(p[:, None], v, value=-1)
     return out if factor is None else out.mul_(factor)
 
 
 def transform_by_product(
-    x: Tensor, offset: Tensor | None, factor: Tensor | None, order: int, buffers: Tensor
+    x: Tensor, offset: Tensor | None, lines: Lines | None, factor: Tensor | None, order: int, buffers: Tensor
 ) -> Tensor:
     """`transform` on CPU, in buffers [2, m, K]: a matrix product of order 4 or 16, then radix-4 butterflies.
 
     The butterflies leave out their factor 1/2, which the product's matrix takes over; both are exact.
     """
     y, spare = buffers
-    if offset is not None and factor is not None:
+    if offset is not None and factor is not None and lines is None:
         # one pass: x / s - z / s
         torch.addcmul(offset * -factor, x if x.dtype is torch.float32 else y.copy_(x), factor, out=y)
     else:
-        subtract_and_scale(x, offset, factor, y)
+        subtract_and_scale(x, offset, lines, factor, y)
     matrix, strides = hadamard_matrix(min(order, INNER)), []
     stride = n = len(matrix)
     while stride < order:

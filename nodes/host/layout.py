@@ -24,6 +24,8 @@ class DiTQuantLayout(QuantizedLayout):
         smooth: torch.Tensor | None = None
         shift: torch.Tensor | None = None
         correction: torch.Tensor | None = None
+        directions: torch.Tensor | None = None
+        responses: torch.Tensor | None = None
         static_scale: torch.Tensor | None = None
         static_zero: torch.Tensor | None = None
         hadamard: int = 1

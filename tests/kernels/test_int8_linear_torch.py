@@ -35,6 +35,10 @@ def epilogue(M, N, w, parts, seed=1):
         "zero": {"row_zero": torch.randint(-99, 99, (M, 1), generator=random).float(), "column_sum": w.sum(1).int()},
         "bias": {"bias": torch.randn(N, generator=random)},
         "correction": {"correction": torch.randn(3, N, generator=random).half()},
+        "directions": {
+            "coordinates": torch.randn(M, 3, generator=random).bfloat16(),
+            "responses": torch.randn(3, N, generator=random).half(),
+        },
     }
     options = {
         "row_scale": torch.rand(M, 1, generator=random),
@@ -68,7 +72,7 @@ def test_float_product_is_exact_at_its_worst():
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "parts", [(), ("zero",), ("bias",), ("correction",), ("zero", "bias", "correction")], ids="+".join
+    "parts", [(), ("zero",), ("bias",), ("correction",), ("zero", "bias", "correction"), ("directions",)], ids="+".join
 )
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_epilogue_is_the_definition_within_its_roundings(M, N, K, parts, dtype):

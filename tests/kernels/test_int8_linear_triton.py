@@ -46,7 +46,7 @@ def test_integer_part_at_the_ends_of_the_range(M, device):
     assert float(y.abs().max()) > 2**24
 
 
-OPTIONAL = ("row_zero", "bias", "correction")
+OPTIONAL = ("row_zero", "bias", "correction", "coordinates")
 
 
 @pytest.mark.parametrize("absent", [*OPTIONAL, None], ids=lambda name: f"no-{name}")
@@ -56,6 +56,8 @@ def test_every_operand_matters_and_may_be_absent(absent, device):
     full = triton_impl.int8_linear(a, w, **epilogue)
     if absent is not None:
         epilogue[absent] = None
+    if absent == "coordinates":
+        epilogue["responses"] = None
     y = triton_impl.int8_linear(a, w, **epilogue)
     assert torch.equal(y, expected(reference.int8_linear, a, w, **epilogue))
     assert torch.equal(y, full) == (absent is None)

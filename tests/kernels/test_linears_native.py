@@ -18,7 +18,7 @@ pytestmark = [
 # one token, tiles of every height, several chunks of tokens; part of a panel, one, several; K in no whole words
 SHAPES = [(1, 1, 1), (2, 33, 100), (5, 32, 64), (7, 31, 3), (12, 7, 8), (63, 33, 3088), (300, 128, 66), (1600, 65, 68)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PARTS = [(), ("zero",), ("bias",), ("correction",), ("zero", "bias", "correction")]
+PARTS = [(), ("zero",), ("bias",), ("correction",), ("directions",), ("zero", "bias", "correction", "directions")]
 # N, K, G: groups of 16, 32, 64, 128, 192 and 48, and of sizes that no register holds a whole number of
 WEIGHTS = [
     (33, 3088, 193),
@@ -58,6 +58,10 @@ def epilogue(M, N, column_sum, parts=(), seed=1):
         },
         "bias": {"bias": torch.randn(N, generator=random).bfloat16()},
         "correction": {"correction": torch.randn(3, N, generator=random).half()},
+        "directions": {
+            "coordinates": torch.randn(M, 3, generator=random).bfloat16(),
+            "responses": torch.randn(3, N, generator=random).half(),
+        },
     }
     options = {
         "row_scale": torch.rand(M, 1, generator=random),

@@ -25,6 +25,10 @@ QUANTIZER = {
         "hadamard": 16,
         "symmetric": False,
     },
+    "along": {
+        "directions": torch.randn(2, K, generator=GENERATOR).half(),
+        "coordinates": torch.randn(M, 2, generator=GENERATOR).bfloat16(),
+    },
     "static": {"static_scale": torch.rand(T, generator=GENERATOR) + 0.1},
     "static zero": {"static_scale": torch.rand(T, generator=GENERATOR) + 0.1, "static_zero": torch.ones(T)},
 }
@@ -35,10 +39,15 @@ EPILOGUE = {
         "column_sum": torch.randint(-99, 99, (N,), generator=GENERATOR, dtype=torch.int32),
         "bias": torch.randn(N, generator=GENERATOR),
         "correction": torch.randn(T, N, generator=GENERATOR).half(),
+        "coordinates": torch.randn(M, 2, generator=GENERATOR).bfloat16(),
+        "responses": torch.randn(2, N, generator=GENERATOR).half(),
         "dtype": torch.bfloat16,
     },
     "one scale for all": {"row_scale": torch.tensor([0.5]).expand(M, 1)},
 }
+
+
+OPTIONAL = ("row_zero", "column_sum", "bias", "correction", "coordinates", "responses")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +82,7 @@ def epilogue(name: str) -> dict:
 def positional(name: str, backend: str = "reference") -> tuple:
     """The epilogue in the order of the schema."""
     given = epilogue(name)
-    optional = (given.get(key) for key in ("row_zero", "column_sum", "bias", "correction"))
+    optional = (given.get(key) for key in OPTIONAL)
     first = (given[key] for key in ("row_scale", "column_scale", "index", "fraction"))
     return *first, *optional, given.get("dtype", torch.float32), backend
 
@@ -95,15 +104,23 @@ def test_opcheck_of_the_quantizer(name, backend):
     torch.library.opcheck(
         torch.ops.dit_quant.quantize_activation.default,
         (
-            x(), INDEX, FRACTION, given.get("shift"), given.get("smooth"), given.get("hadamard", 1),
-            given.get("symmetric", True), given.get("static_scale"), given.get("static_zero"), backend,
+            x(), given.get("directions"), given.get("coordinates"), INDEX, FRACTION, given.get("shift"),
+            given.get("smooth"), given.get("hadamard", 1), given.get("symmetric", True), given.get("static_scale"),
+            given.get("static_zero"), backend,
         ),
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_opcheck_of_tokens_along_directions(symmetric, backend):
+    shift, smooth = QUANTIZER["shifted"]["shift"], QUANTIZER["shifted"]["smooth"]
+    given = (x(), QUANTIZER["along"]["directions"], INDEX, FRACTION, shift, smooth, 16, symmetric, backend)
+    torch.library.opcheck(torch.ops.dit_quant.quantize_along.default, given)
+
+
 @pytest.mark.parametrize("values", [x().T.contiguous().T, x().repeat(1, 2)[:, :K], x()[:1]], ids=["T", "slice", "row"])
 def test_opcheck_of_strided_tokens(values, backend):
-    given = (values, INDEX, FRACTION, None, None, 1, True, None, None, backend)
+    given = (values, None, None, INDEX, FRACTION, None, None, 1, True, None, None, backend)
     torch.library.opcheck(torch.ops.dit_quant.quantize_activation.default, given)
 
 
@@ -174,24 +191,27 @@ class NothingReadBack(TorchDispatchMode):
 
 GROUPS = TimestepGroups(edges=(0.7, 0.3), centres=(0.85, 0.5, 0.15))
 SMOOTH_GROUPS = TimestepGroups(edges=(0.7, 0.3), centres=(0.85, 0.5, 0.15), interpolate=True)
-LAYERS = ("int8 asymmetric", "int4 symmetric", "int8 static")
+LAYERS = ("int8 asymmetric", "int8 directions", "int4 symmetric", "int8 static")
 
 
 def layer(kind: str, groups: TimestepGroups) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(5)
     packed, levels = weight4()
     qdata = packed if kind.startswith("int4") else codes(N, K)
+    symmetric = kind not in ("int8 asymmetric", "int8 directions")
     return QuantizedLinear(
         qdata=qdata,
         scale=torch.rand(N, 1, generator=generator),
         levels=levels if kind.startswith("int4") else None,
-        column_sum=qdata.sum(dim=1, dtype=torch.int32) if kind == "int8 asymmetric" else None,
+        column_sum=None if symmetric else qdata.sum(dim=1, dtype=torch.int32),
         shift=torch.randn(T, K, generator=generator).half(),
         smooth=torch.rand(K, generator=generator).half() + 0.5,
         correction=torch.randn(T, N, generator=generator).half(),
         static_scale=torch.tensor([0.1, 0.2, 0.3]) if kind == "int8 static" else None,
         hadamard=64,
-        symmetric=kind != "int8 asymmetric",
+        symmetric=symmetric,
+        directions=torch.randn(2, K, generator=generator).half() if kind == "int8 directions" else None,
+        responses=torch.randn(2, N, generator=generator).half() if kind == "int8 directions" else None,
         groups=groups,
     )
 
@@ -221,10 +241,9 @@ def test_one_graph_for_all_groups(compiler, kind, groups):
     assert not torch.equal(outputs[2], outputs[4])
     names = {str(node.target) for node in graphs[0].graph.nodes if "dit_quant" in str(node.target)}
     product = "int4_linear" if kind.startswith("int4") else "int8_linear"
-    assert names == {f"dit_quant.{product}", "dit_quant.quantize_activation"} or names == {
-        f"dit_quant.{product}.default",
-        "dit_quant.quantize_activation.default",
-    }
+    quantizer = "quantize_along" if kind == "int8 directions" else "quantize_activation"
+    wanted = {f"dit_quant.{product}", f"dit_quant.{quantizer}"}
+    assert names in (wanted, {f"{name}.default" for name in wanted})
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -232,7 +251,7 @@ def test_one_graph_for_all_groups(compiler, kind, groups):
 def test_no_value_is_read_back(kind, dtype):
     state = TimestepState([SMOOTH_GROUPS])
     # on a CPU, where nothing waits, the torch quantizer looks whether an asymmetric code passed 127
-    backend = "reference" if kind == "int8 asymmetric" else "torch"
+    backend = "reference" if kind in ("int8 asymmetric", "int8 directions") else "torch"
     module = QuantLinear(layer(kind, SMOOTH_GROUPS), torch.ones(N, dtype=dtype), state, 0, backend)
     with NothingReadBack():
         for sigma in (torch.tensor([0.9]), torch.tensor([0.2])):
@@ -252,11 +271,14 @@ def test_fakes_need_no_memory(op):
     meta = torch.device("meta")
     given = positional("zero point")
     inputs = {
-        "quantize_activation": (x(), INDEX, FRACTION, None, None, 1, False, None, None, "auto"),
+        "quantize_activation": (x(), None, None, INDEX, FRACTION, None, None, 1, False, None, None, "auto"),
+        "quantize_along": (x(), torch.zeros(2, K).half(), INDEX, FRACTION, None, None, 1, False, "auto"),
         "int8_linear": (codes(M, K), codes(N, K), *given),
         "int4_linear": (codes(M, K), *weight4(), None, *given),
     }[op]
     moved = (value.to(meta) if isinstance(value, Tensor) else value for value in inputs)
     result = getattr(torch.ops.dit_quant, op)(*moved)
     shapes = [tuple(r.shape) for r in result] if isinstance(result, tuple) else [tuple(result.shape)]
-    assert shapes == ([(M, K), (M, 1), (M, 1)] if op == "quantize_activation" else [(M, N)])
+    quantized = [(M, K), (M, 1), (M, 1)]
+    wanted = {"quantize_activation": quantized, "quantize_along": [*quantized, (M, 2)]}
+    assert shapes == wanted.get(op, [(M, N)])

@@ -19,6 +19,7 @@ FULL = PRESETS["W4A8"].with_options(scale=Scale.PAPER)
 SCHEMES = PRESETS | {
     "W4A8 symmetric weights": PRESETS["W4A8"].with_options(weights=WeightArgs(4, 32)),
     "W4A8 scaled": FULL,
+    "directions": PRESETS["W8A8"].with_options(directions=3),
     "static symmetric": PRESETS["htg_paper"].with_options(activations=ActivationArgs(Granularity.PER_TENSOR)),
     "bias corrected": PRESETS["W4A8"].with_options(shift=Shift.NONE, bias_correction=True),
 }
@@ -63,7 +64,7 @@ def fields_of(scheme):
     return list(layer_of(scheme).tensors())
 
 
-ALL_FIELDS = [("W4A8 scaled", f) for f in fields_of(FULL)] + [("htg_paper", f) for f in fields_of(PRESETS["htg_paper"])]
+ALL_FIELDS = [(name, f) for name in ("W4A8 scaled", "htg_paper", "directions") for f in fields_of(SCHEMES[name])]
 
 
 @pytest.mark.parametrize(("scheme", "field"), ALL_FIELDS)
@@ -100,13 +101,13 @@ def test_a_wrong_shape_or_dtype_is_refused_by_name(scheme, field, damage):
 
 @pytest.mark.parametrize("features", [(N + 1, K), (N, K + 64), (K, N)])
 def test_a_layer_of_another_model_is_refused(features):
-    for scheme in ("W8A8", "W4A8 scaled"):
+    for scheme in ("W8A8", "W4A8 scaled", "directions"):
         with pytest.raises(DamagedFile, match=NAME):
             layer_from_tensors(NAME, layer_tensors(NAME, layer_of(SCHEMES[scheme])), features)
 
 
-def edited(**changes):
-    tensors = layer_tensors(NAME, layer_of(FULL))
+def edited(scheme=FULL, **changes):
+    tensors = layer_tensors(NAME, layer_of(scheme))
     config = json.loads(tensors[f"{NAME}.{CONFIG_KEY}"].numpy().tobytes())
     config.update(changes)
     config = {key: value for key, value in config.items() if value is not None}
@@ -146,6 +147,13 @@ def test_a_wrong_config_is_refused(changes, message):
     with pytest.raises(DamagedFile, match=message) as refusal:
         layer_from_tensors(NAME, edited(**changes), (N, K))
     assert NAME in str(refusal.value)
+
+
+@pytest.mark.parametrize("missing", ["directions", "responses"])
+def test_directions_without_their_responses_are_refused(missing):
+    fields = [field for field in fields_of(SCHEMES["directions"]) if field != missing]
+    with pytest.raises(DamagedFile, match=f"weight_{missing}"):
+        layer_from_tensors(NAME, edited(SCHEMES["directions"], tensors=fields), (N, K))
 
 
 @pytest.mark.parametrize("zero", [0, 8, 15])

@@ -22,6 +22,7 @@ GROUPS = TimestepGroups((0.55,), (0.8, 0.3))
 AT = (torch.tensor([1]), torch.tensor([0.0]))
 BIAS = normal(N, seed=1)
 NAMES = ("W8A8", "W4A8", "W8A8 static", "rtn_w8a8")
+DIRECTED = PRESETS["W8A8"].with_options(directions=3)
 MODULATION = {"modulation_scale": 0.5 * normal(B, K, seed=6), "modulation_shift": normal(B, K, seed=7)}
 NORM = {"norm_weight": 1 + 0.3 * normal(K, seed=4), "norm_bias": normal(K, seed=5)}
 
@@ -136,3 +137,24 @@ def test_the_group_and_the_backend_are_passed_on(layer):
         assert torch.equal(first, second) == (layer.shift is None and layer.static_scale is None)
         assert {choice.backend for choice in dispatch.recorded().values()} == {"reference"}
         assert len(dispatch.recorded()) == 2
+
+
+def test_a_layer_with_directions_reads_what_stands_before_it():
+    """Nothing is fused: the composition in fp32, in the type of the input."""
+    found = drift(K, 6)
+    source = LayerInput(found.sigmas, found.statistics(K))
+    directed = quantize_weight("layer", normal(N, K) / 8, DIRECTED, GROUPS, source)[0]
+    assert directed.directions is not None
+    x, both = normal(B, L, K).bfloat16(), normal(B, L, 2 * K, seed=3).bfloat16()
+    gate, up = both.float().chunk(2, dim=-1)
+    norm = F.layer_norm(x.float(), (K,), NORM["norm_weight"], NORM["norm_bias"], 1e-6)
+    pairs = [
+        (quant_gelu_linear(x, directed, BIAS, *AT, "none"), F.gelu(x.float())),
+        (quant_swiglu_linear(both, None, directed, BIAS, *AT), F.silu(gate) * up),
+        (quant_adaln_linear(x, directed, BIAS, *AT, **NORM, **MODULATION), modulated(norm, **MODULATION)),
+    ]
+    for y, before in pairs:
+        assert y.dtype is torch.bfloat16
+        expected = quant_linear(before, directed, BIAS, *AT)
+        # bf16 of the output, and codes next to a tie
+        assert relative_l2(y, expected) < 2**-8

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dit_quant.kernels import quantize_along
 from dit_quant.kernels.numerics import rotate
 from dit_quant.quant_core.convert import LayerInput, quantize_weight
 from dit_quant.quant_core.linear import (
@@ -29,7 +30,13 @@ INTERPOLATED = TimestepGroups((0.55,), (0.8, 0.3), True, True)
 STATIC = ActivationArgs(Granularity.PER_TENSOR, symmetric=False)
 SCHEMES = {
     "W8A8": (PRESETS["W8A8"], GROUPS),
+    "W8A8 directions": (PRESETS["W8A8"].with_options(directions=3), GROUPS),
+    "W8A8 directions, symmetric": (
+        PRESETS["W8A8"].with_options(directions=3, hadamard=1, activations=ActivationArgs()),
+        INTERPOLATED,
+    ),
     "W4A8": (PRESETS["W4A8"], GROUPS),
+    "W4A8 directions": (PRESETS["W4A8"].with_options(directions=2), GROUPS),
     "W4A8 interpolated": (PRESETS["W4A8"], INTERPOLATED),
     "htg_paper": (PRESETS["htg_paper"], GROUPS),
     "rtn_w8a8": (PRESETS["rtn_w8a8"], GROUPS),
@@ -70,9 +77,14 @@ def test_integer_forward_is_the_quantized_formula(scheme, groups):
         row, part = groups.locate(sigma)
         table = lambda name, row=row, part=part: interpolated(getattr(layer, name), row, part)  # noqa: E731
         moved = x.double() - (table("shift") if layer.shift is not None else 0)
+        apart = 0
+        if layer.directions is not None:
+            tables = {"directions": layer.directions, "shift": layer.shift, "smooth": layer.smooth}
+            p = quantize_along(x, **tables, index=index, fraction=fraction)[3].double()
+            moved, apart = moved - p @ layer.directions.double(), p @ layer.responses.double()
         moved = moved / (1 if layer.smooth is None else layer.smooth.double())
         moved = rotate(moved, layer.hadamard)
-        exact = decoded_activation(moved, layer, table) @ folded_weight(layer).double().T + bias
+        exact = decoded_activation(moved, layer, table) @ folded_weight(layer).double().T + bias + apart
         exact = exact + (table("correction") if layer.correction is not None else 0)
         # a value at a rounding tie may fall to either side in fp32: one step of one channel in a row, rarely
         assert relative_l2(y, exact) < 1e-3
@@ -159,9 +171,9 @@ def test_requantizing_the_same_weight_reproduces_the_layer(scheme, groups):
     assert torch.equal(again.qdata, layer.qdata)
     for name, value in layer.tensors().items():
         assert getattr(again, name).dtype is value.dtype
-        if name == "correction":
+        if name in ("correction", "responses"):
             # dequantize rounds in fp32, the sum is stored in fp16 again
-            torch.testing.assert_close(again.correction, value, rtol=2**-10, atol=1e-4)
+            torch.testing.assert_close(getattr(again, name), value, rtol=2**-10, atol=1e-4)
         else:
             assert torch.equal(getattr(again, name), value)
 
@@ -248,6 +260,10 @@ def test_a_change_of_the_weight_reaches_codes_correction_and_sums(scheme, groups
         expected = layer.shift.double() @ (weight + change).double().T
         # two fp16 roundings of tables up to max |c|
         assert (new.correction.double() - expected).abs().max() <= 2**-9 * expected.abs().max()
+    if layer.directions is not None:
+        assert torch.equal(new.directions, layer.directions)
+        expected = layer.directions.double() @ (weight + change).double().T
+        assert (new.responses.double() - expected).abs().max() <= 2**-9 * expected.abs().max()
     if layer.column_sum is not None:
         assert torch.equal(new.column_sum, (folded_weight(new) / new.scale).round().sum(dim=1).int())
     y = quant_linear(found.samples[0], new, None, *at(groups, found.sigmas[0]))

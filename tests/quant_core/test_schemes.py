@@ -54,6 +54,9 @@ SAMPLED = ActivationArgs(Granularity.PER_TENSOR, range=StaticRange.SAMPLED)
         ({"hadamard": 1024}, "power of 4"),
         ({"hadamard": 64, "activations": STATIC}, "before a rotation"),
         ({"hadamard": 64, "shift": Shift.MIDRANGE}, "use shift mean"),
+        ({"directions": -1}, "not 0 to 16"),
+        ({"directions": 17}, "not 0 to 16"),
+        ({"directions": 4, "activations": SAMPLED}, "fixed ranges"),
         ({"scale_strength": -0.1}, "between 0 and 1"),
         ({"scale_strength": 1.1}, "between 0 and 1"),
     ],
@@ -76,6 +79,7 @@ def test_combinations_known_to_fail_are_refused(options, message):
         ({"activations": STATIC}, True),
         ({"activations": SAMPLED, "hadamard": 64}, True),
         ({"bias_correction": True}, True),
+        ({"directions": 1}, True),
         ({"weights": WeightArgs(rounding=Rounding.GPTQ)}, True),
     ],
 )
