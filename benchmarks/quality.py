@@ -99,7 +99,6 @@ def ours() -> dict[str, QuantScheme]:
         "W8A8, symmetric tokens": w8.with_options(activations=ActivationArgs()),
         "W8A8, nearest": w8.with_options(weights=w8.weights.with_options(rounding=Rounding.NEAREST)),
         "W8A8, no directions": w8.with_options(directions=0),
-        "W8A8, 4 directions": w8.with_options(directions=4),
         "W8A8, 8 directions": w8.with_options(directions=8),
         "W8A8 fast": PRESETS["W8A8 fast"],
         "W8A8 static": static,

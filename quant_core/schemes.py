@@ -161,6 +161,7 @@ _BEST_W8A8 = QuantScheme(
     shift=Shift.MEAN,
     scale=Scale.BALANCED,
     hadamard=256,
+    directions=4,
 )
 
 PRESETS = {
@@ -177,9 +178,10 @@ PRESETS = {
             scale_strength=0.5,
             hadamard=256,
         ),
-        _BEST_W8A8.with_options(name="W8A8 fast", hadamard=1),
+        _BEST_W8A8.with_options(name="W8A8 fast", hadamard=1, directions=0),
         _BEST_W8A8.with_options(
             name="W8A8 static",
+            directions=0,
             activations=ActivationArgs(Granularity.PER_TENSOR, symmetric=True, range=StaticRange.SAMPLED),
         ),
         QuantScheme(

@@ -65,11 +65,11 @@ INLINE void widen(Range *range, __m512 v, __mmask16 mask) {
     range->nan = _kor_mask16(range->nan, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q));
 }
 
-// a row of x, how many bytes the next one lies behind it, and its coordinates
+// a row of x, or one of fp32 of which shift and directions were taken off; how many bytes the next one lies behind it
 typedef struct {
     const void *x;
     int64_t next;
-    float coordinates[MOST_DIRECTIONS];
+    const float *offset;
 } Row;
 
 // lanes `at` and following of two rows, times those of `count` duals
@@ -114,14 +114,45 @@ INLINE void find_coordinates(const Quantizer *q, int64_t row, int64_t end, int d
                                  bf16_lanes(_mm512_maskz_loadu_ps(mask, p[i])));
 }
 
-// (x - z - p V) / s. Fused: p V is exact, see kernels/directions.py.
+// x, or what is left of it, less `count` directions. Fused: p V is exact, see kernels/directions.py.
+INLINE void take_off(const void *x, int dtype, const float *offset, const float *directions, int64_t K,
+                     const float *coordinates, const int count, float *out) {
+    __m512 p[SUMS];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) p[r] = _mm512_set1_ps(coordinates[r]);
+    for (int64_t at = 0; at < K; at += LANES) {
+        __mmask16 mask = first_lanes(K - at);
+        __m512 v = load_lanes(x, dtype, at, mask);
+        if (offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, offset + at));
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++)
+            v = _mm512_fnmadd_ps(p[r], _mm512_maskz_loadu_ps(mask, directions + r * K + at), v);
+        store_lanes(out, FP32, at, mask, v);
+    }
+}
+
+// x - z - p V of row `at` -> out
+INLINE void less_directions(const Quantizer *q, const void *x, int dtype, int64_t at, float *out) {
+    float p[MOST_DIRECTIONS];
+    __mmask16 mask = first_lanes(q->rank);
+    _mm512_mask_storeu_ps(p, mask, load_lanes(q->coordinates, BF16, at * q->rank, mask));
+    const float *V = q->directions;
+    int64_t r = 0;
+    for (; r + SUMS <= q->rank; r += SUMS)
+        if (r == 0)
+            take_off(x, dtype, q->offset, V, q->K, p, SUMS, out);
+        else
+            take_off(out, FP32, NULL, V + r * q->K, q->K, p + r, SUMS, out);
+    for (; r < q->rank; r++)
+        if (r == 0)
+            take_off(x, dtype, q->offset, V, q->K, p, 1, out);
+        else
+            take_off(out, FP32, NULL, V + r * q->K, q->K, p + r, 1, out);
+}
+
 INLINE __m512 shifted(const Quantizer *q, const Row *row, int dtype, int64_t at, __mmask16 mask) {
     __m512 v = load_lanes(row->x, dtype, at, mask);
-    if (q->offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, q->offset + at));
-    for (int64_t r = 0; r < q->rank; r++) {
-        __m512 direction = _mm512_maskz_loadu_ps(mask, q->directions + r * q->K + at);
-        v = _mm512_fnmadd_ps(_mm512_set1_ps(row->coordinates[r]), direction, v);
-    }
+    if (row->offset) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(mask, row->offset + at));
     if (q->factor) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, q->factor + at));
     return v;
 }
@@ -164,18 +195,33 @@ INLINE float safe_scale(float extent, float qmax) {
     return step > FLT_MIN ? step : 1.0f;
 }
 
-// numerics of `safe_scale` and `asymmetric_range`; a NaN in the row is a NaN in its range
-INLINE void row_range(const Range *range, int symmetric, float *scale, float *zero) {
+// numerics of `safe_scale` and `asymmetric_range`; a NaN in the row is a NaN in its range. Whether the row is finite.
+INLINE int row_range(const Range *range, int symmetric, float *scale, float *zero) {
     float low = _mm512_reduce_min_ps(range->low), high = _mm512_reduce_max_ps(range->high);
     if (range->nan) low = high = NAN;
+    int finite = isfinite(low) && isfinite(high);
     float extent = isnan(low) ? NAN : fmaxf(-low, high), spread = high - low;
     *zero = 0.0f;
     *scale = safe_scale(extent, QMAX);
-    if (symmetric) return;
+    if (symmetric) return finite;
     float fine = safe_scale(spread > 0.0f ? spread : extent, 2.0f * QMAX);
-    if (extent > fine * 32768.0f) return;
+    if (extent > fine * 32768.0f) return finite;
     *scale = fine;
     *zero = -QMAX - nearbyintf(low * (1.0f / fine));
+    return finite;
+}
+
+INLINE void store_codes(int8_t *codes, __mmask16 mask, __m128i values) {
+    if (mask == ALL)
+        _mm_storeu_si128((__m128i *)codes, values);
+    else
+        _mm_mask_storeu_epi8(codes, mask, values);
+}
+
+// of a row whose range was measured: nothing is below -127, and what rounds to more than 127 saturates
+INLINE void encode_within(const float *v, __mmask16 mask, __m512 inverse, __m512i offset, int8_t *codes) {
+    __m512i y = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, v), inverse));
+    store_codes(codes, mask, _mm512_cvtsepi32_epi8(_mm512_add_epi32(y, offset)));
 }
 
 INLINE void encode_lanes(const float *v, __mmask16 mask, __m512 inverse, __m512 offset, int8_t *codes) {
@@ -183,40 +229,50 @@ INLINE void encode_lanes(const float *v, __mmask16 mask, __m512 inverse, __m512 
     y = _mm512_add_ps(_mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), offset);
     // in this order of arguments a NaN passes, and becomes code 0 as in torch
     y = _mm512_min_ps(_mm512_set1_ps(QMAX), _mm512_max_ps(_mm512_set1_ps(-QMAX), y));
-    __m128i rounded = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y));
-    if (mask == ALL)
-        _mm_storeu_si128((__m128i *)codes, rounded);
-    else
-        _mm_mask_storeu_epi8(codes, mask, rounded);
+    store_codes(codes, mask, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(y)));
 }
 
-INLINE void encode(const float *v, int64_t K, float scale, float zero, int8_t *codes) {
+INLINE void encode(const float *v, int64_t K, float scale, float zero, int within, int8_t *codes) {
     __m512 inverse = _mm512_set1_ps(1.0f / scale), offset = _mm512_set1_ps(zero);
     int64_t at = 0;
+    if (within) {
+        __m512i whole = _mm512_cvtps_epi32(offset);
+        for (; at + LANES <= K; at += LANES) encode_within(v + at, ALL, inverse, whole, codes + at);
+        if (at < K) encode_within(v + at, first_lanes(K - at), inverse, whole, codes + at);
+        return;
+    }
     for (; at + LANES <= K; at += LANES) encode_lanes(v + at, ALL, inverse, offset, codes + at);
     if (at < K) encode_lanes(v + at, first_lanes(K - at), inverse, offset, codes + at);
 }
 
-INLINE void quantize_row(Quantizer *q, int64_t row, int dtype, int order, float *buffer) {
+INLINE void transform_tokens(const Quantizer *q, int64_t at, int dtype, int order, Range *range, float *buffer) {
     int64_t next = q->stride * (dtype == FP32 ? 4 : 2);
-    Row tokens = {.x = (const char *)q->x + row * next, .next = next};
+    const char *x = (const char *)q->x + at * next;
     if (q->rank) {
-        __mmask16 mask = first_lanes(q->rank);
-        _mm512_mask_storeu_ps(tokens.coordinates, mask, load_lanes(q->coordinates, BF16, row * q->rank, mask));
+        less_directions(q, x, dtype, at, buffer);
+        Row left = {buffer, 0, NULL};
+        transform_row(q, &left, FP32, order, range, buffer);
+    } else {
+        Row row = {x, next, q->offset};
+        transform_row(q, &row, dtype, order, range, buffer);
     }
+}
+
+INLINE void quantize_row(Quantizer *q, int64_t row, int dtype, int order, float *buffer) {
     float scale, zero;
+    int within = 0;
     if (q->fixed_scale) {
-        transform_row(q, &tokens, dtype, order, NULL, buffer);
+        transform_tokens(q, row, dtype, order, NULL, buffer);
         scale = *q->fixed_scale;
         zero = q->fixed_zero ? *q->fixed_zero : 0.0f;
     } else {
         Range range = {_mm512_set1_ps(INFINITY), _mm512_set1_ps(-INFINITY), 0};
-        transform_row(q, &tokens, dtype, order, &range, buffer);
-        row_range(&range, q->symmetric, &scale, &zero);
+        transform_tokens(q, row, dtype, order, &range, buffer);
+        within = row_range(&range, q->symmetric, &scale, &zero);
         q->scale[row] = scale;
         if (q->zero) q->zero[row] = zero;
     }
-    encode(buffer, q->K, scale, zero, q->codes + row * q->K);
+    encode(buffer, q->K, scale, zero, within, q->codes + row * q->K);
 }
 
 INLINE void quantize_rows(Quantizer *q, int dtype, int order, float *buffer) {

@@ -10,7 +10,7 @@ from dit_quant.quant_core.architectures.sd3 import SD3
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.checkpoint import CONFIG_KEY, layer_tensors
 from dit_quant.quant_core.convert import CannotQuantize, install, quantize_model
-from dit_quant.quant_core.grouping import group_model
+from dit_quant.quant_core.grouping import AUTO_UNEXPLAINED_BESIDE_DIRECTIONS, group_model
 from dit_quant.quant_core.linear import QuantLinear, quant_linear
 from dit_quant.quant_core.metrics import relative_l2
 from dit_quant.quant_core.schemes import PRESETS, Partition, Rounding
@@ -199,7 +199,11 @@ def test_the_chosen_partition_is_used_and_auto_without_one():
     chosen = calibration_of(weights, timesteps=9, covariance=64, grouping=grouping)
     assert quantize(weights, "W8A8", chosen)[0]["a"].groups == grouping.groups
     auto = group_model(plain.sigmas, plain.layers).groups
-    assert quantize(weights, "W8A8", plain)[0]["a"].groups == auto
+    assert quantize(weights, PRESETS["W8A8"].with_options(directions=0), plain)[0]["a"].groups == auto
+    # directions pick up what these leave
+    fewer = group_model(plain.sigmas, plain.layers, unexplained=AUTO_UNEXPLAINED_BESIDE_DIRECTIONS).groups
+    assert quantize(weights, "W8A8", plain)[0]["a"].groups == fewer
+    assert 1 < len(fewer) < len(auto)
     assert len(quantize(weights, "rtn_w8a8", chosen)[0]["a"].groups) == 1
     single = PRESETS["W8A8"].with_options(partition=Partition.SINGLE)
     assert len(quantize(weights, single, chosen)[0]["a"].groups) == 1

@@ -20,6 +20,9 @@ from dit_quant.quant_core.schemes import PRESETS, Partition
 from dit_quant.quant_core.timesteps import SINGLE_GROUP
 from drift import calibration_of
 
+# directions ask for fewer groups
+PLAIN = PRESETS["W8A8"].with_options(directions=0)
+
 K = 8
 SIGMAS = tuple((12 - t) / 12 for t in range(12))
 
@@ -46,14 +49,14 @@ def drift_of(found):
 
 def test_layers_of_their_own_groups_get_those_of_auto_on_each_alone():
     found = calibration(early=steps(0.8, 3), late=steps(0.8, 9), still=steps(0.0, 6))
-    scheme = PRESETS["W8A8"].with_options(partition=Partition.LAYER)
+    scheme = PLAIN.with_options(partition=Partition.LAYER)
     shared = shared_groups(scheme, found)
     assert len(shared) == 3
     own = {name: layer_groups(name, scheme, found, shared) for name in found.layers}
     assert {name: len(groups) for name, groups in own.items()} == {"early": 2, "late": 2, "still": 1}
     for name, cut in (("early", 3), ("late", 9)):
         assert [own[name].index(sigma) for sigma in SIGMAS] == [int(t >= cut) for t in range(12)]
-    every = PRESETS["W8A8"]
+    every = PLAIN
     assert {layer_groups(name, every, found, shared) for name in found.layers} == {shared}
 
 
@@ -75,7 +78,7 @@ def test_drift_that_4_bits_cannot_see_gets_no_groups_but_fixed_ranges_always_do(
 def test_a_static_scheme_gets_groups_for_the_smallest_drift():
     scheme, found = PRESETS["W8A8 static"], calibration(a=steps(1e-6, 6))
     assert len(shared_groups(scheme, found)) == 2
-    assert len(shared_groups(PRESETS["W8A8"], found)) == 1
+    assert len(shared_groups(PLAIN, found)) == 1
 
 
 def test_a_chosen_grouping_overrules_auto_but_not_a_layer_of_its_own():
@@ -94,7 +97,7 @@ def test_interpolation_is_passed_on():
     found = calibration(a=steps(0.8, 3))
     for partition in (Partition.CALIBRATION, Partition.LAYER):
         for interpolate in (False, True):
-            scheme = PRESETS["W8A8"].with_options(partition=partition, interpolate=interpolate)
+            scheme = PLAIN.with_options(partition=partition, interpolate=interpolate)
             assert layer_groups("a", scheme, found, shared_groups(scheme, found)).interpolate == interpolate
 
 
@@ -116,7 +119,7 @@ def test_quantized_layers_carry_their_own_groups():
     random = torch.Generator().manual_seed(0)
     weights = {f"joint_blocks.{i}.x_block.mlp.fc1": torch.randn(7, 64, generator=random) for i in range(4)}
     found = calibration_of(weights, timesteps=12, covariance=64)
-    scheme = PRESETS["W8A8"].with_options(partition=Partition.LAYER)
+    scheme = PLAIN.with_options(partition=Partition.LAYER)
     loaders = {name: (lambda value=value: value) for name, value in weights.items()}
     layers, _ = quantize_model(loaders, scheme=scheme, calibration=found, family=SD3)
     for name, quantized in layers.items():
