@@ -19,7 +19,9 @@ class GroupTimesteps(io.ComfyNode):
             search_aliases=["timestep groups", "htg", "clustering", "quantize"],
             inputs=[
                 CalibrationType.Input("calibration", tooltip="From Calibrate DiT."),
-                io.Int.Input("groups", default=0, min=0, max=64, tooltip="Number of groups; 0 lets the tree choose."),
+                io.Int.Input(
+                    "groups", default=0, min=0, max=64, tooltip="Number of groups; 0: as many as each preset needs."
+                ),
                 io.Combo.Input(
                     "linkage",
                     options=[linkage.value for linkage in Linkage],
@@ -53,5 +55,7 @@ class GroupTimesteps(io.ComfyNode):
         rest = grouping.tree.unexplained[len(grouping.groups) - 1]
         edges = ", ".join(f"{edge:.3f}" for edge in grouping.groups.edges) or "none"
         text = f"{len(grouping.groups)} groups, {100 * (1 - rest):.0f} % of the drift explained, edges at sigma {edges}"
+        if grouping.automatic:
+            text += "; a preset that needs fewer groups, or more, cuts the same tree elsewhere and reports it"
         result = dataclasses.replace(calibration, grouping=grouping)
         return io.NodeOutput(result, plot, text, ui=ui.PreviewImage(plot, cls=cls))

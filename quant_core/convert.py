@@ -18,6 +18,7 @@ from .grouping import (
     AUTO_NEGLIGIBLE_W4,
     AUTO_UNEXPLAINED,
     AUTO_UNEXPLAINED_BESIDE_DIRECTIONS,
+    Linkage,
     group_layer_paper,
     group_model,
     members,
@@ -172,11 +173,12 @@ def layer_groups(
 
 
 def shared_groups(scheme: QuantScheme, calibration: Calibration | None) -> TimestepGroups:
-    """The model's partition: the one chosen by Group Timesteps, else `auto`. One group where nothing uses groups."""
+    """The model's partition. One group where nothing uses groups; else as many as the artist asked Group Timesteps
+    for, else as many as the scheme needs, cut from the tree chosen there."""
     grouped = scheme.shift is not Shift.NONE or scheme.bias_correction or not scheme.activations.dynamic
     if calibration is None or not grouped:
         return SINGLE_GROUP
-    if calibration.grouping is not None:
+    if calibration.grouping is not None and not calibration.grouping.automatic:
         return calibration.grouping.groups
     return _auto_groups(scheme, calibration, calibration.layers)
 
@@ -188,11 +190,13 @@ def _auto_groups(
     negligible = 0.0
     if scheme.activations.dynamic:
         negligible = AUTO_NEGLIGIBLE if scheme.weights.bits == 8 else AUTO_NEGLIGIBLE_W4
+    given = calibration.grouping
     grouping = group_model(
         calibration.sigmas,
         layers,
+        linkage=Linkage.WARD if given is None else given.linkage,
         flow=calibration.flow,
-        interpolate=scheme.interpolate,
+        interpolate=scheme.interpolate or (given is not None and given.groups.interpolate),
         negligible=negligible,
         unexplained=AUTO_UNEXPLAINED_BESIDE_DIRECTIONS if scheme.directions else AUTO_UNEXPLAINED,
     )

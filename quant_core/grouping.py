@@ -132,11 +132,15 @@ def model_features(layers: Mapping[str, LayerStatistics], kind: Shift = Shift.ME
 
 @dataclass(frozen=True)
 class Grouping:
-    """One partition for the whole model, with the tree it was cut from."""
+    """One partition for the whole model, with the tree it was cut from.
+
+    automatic: the tree chose the number of groups, so that a scheme may cut it where its own needs are met.
+    """
 
     groups: TimestepGroups
     tree: MergeTree
     linkage: Linkage
+    automatic: bool
 
 
 def group_model(
@@ -157,7 +161,7 @@ def group_model(
     occupancy = np.mean([s.count.numpy() for s in layers.values()], axis=0)
     tree = merge_tree(model_features(layers, kind), linkage, np.maximum(occupancy, 1))
     sizes = tree.sizes(tree.auto(negligible, unexplained) if groups is None else groups)
-    return Grouping(groups_from_sizes(sigmas, sizes, flow, interpolate), tree, linkage)
+    return Grouping(groups_from_sizes(sigmas, sizes, flow, interpolate), tree, linkage, groups is None)
 
 
 def group_layer_paper(sigmas: tuple[float, ...], statistics: LayerStatistics, flow: bool) -> TimestepGroups:

@@ -9,6 +9,7 @@ from dit_quant.kernels import backends, dispatch
 from dit_quant.kernels.int8_linear import torch_impl as int8_impl
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import torch_impl as quantizer_impl
+from dit_quant.kernels.quantize_along import torch_impl as along_impl
 
 kernels, checks, layers, shapes, timing = (
     load(name) for name in ("kernels", "kernel_checks", "kernel_layers", "kernel_shapes", "kernel_timing")
@@ -112,7 +113,8 @@ def test_a_quantizer_that_is_wrong_stops_every_layer(tiny, tmp_path, replace):
         codes, scale, zero = right(x, **options)
         return codes.clamp(max=126) + 1, scale, zero
 
-    replace(quantizer_impl, "quantize_activation", off_by_one)
+    for module in (quantizer_impl, along_impl):
+        replace(module, "quantize_activation", off_by_one)
     status, result = written(tmp_path)
     assert status == 1
     assert not set(result["rows"][0]["timed"]) & PRESETS

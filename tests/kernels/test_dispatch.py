@@ -244,7 +244,7 @@ def test_the_package_under_a_second_name_shares_the_ops():
     finally:
         for key in [key for key in sys.modules if key.partition(".")[0] == name]:
             del sys.modules[key]
-    given = (torch.ones(3, 16), torch.zeros(1, dtype=torch.int64), torch.zeros(1), None, None, 1, True, None, None)
-    codes, _, zero = torch.ops.dit_quant.quantize_activation(*given, "reference")
+    given = (torch.ones(3, 16), None, None, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    codes, _, zero = torch.ops.dit_quant.quantize_activation(*given, None, None, 1, True, None, None, "reference")
     assert bool((codes == 127).all())
     assert zero.numel() == 0

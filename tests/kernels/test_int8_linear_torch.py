@@ -87,6 +87,8 @@ def test_epilogue_is_the_definition_within_its_roundings(M, N, K, parts, dtype):
     for name in ("bias", "correction"):
         if name in parts:
             terms = terms + options[name].double().abs().amax(dim=0)
+    if "directions" in parts:
+        terms = terms + options["coordinates"].double().abs() @ options["responses"].double().abs()
     # six roundings each, of parts of the sum that are no larger than `terms`; then one to the output's type
     bound = 2 * 6 * 2**-24 * terms
     if dtype is not torch.float32:

@@ -37,7 +37,8 @@ def fresh(monkeypatch):
 def layer(request):
     found = drift(K, 6)
     source = LayerInput(found.sigmas, found.statistics(K))
-    return quantize_weight("layer", normal(N, K) / 8, PRESETS[request.param], GROUPS, source)[0]
+    scheme = PRESETS[request.param].with_options(directions=0)  # no fused op keeps any
+    return quantize_weight("layer", normal(N, K) / 8, scheme, GROUPS, source)[0]
 
 
 def modulated(y: torch.Tensor, modulation_scale: torch.Tensor, modulation_shift: torch.Tensor) -> torch.Tensor:

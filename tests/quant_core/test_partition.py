@@ -10,6 +10,9 @@ from dit_quant.quant_core.convert import layer_groups, quantize_model, shared_gr
 from dit_quant.quant_core.grouping import (
     AUTO_NEGLIGIBLE,
     AUTO_NEGLIGIBLE_W4,
+    AUTO_UNEXPLAINED,
+    AUTO_UNEXPLAINED_BESIDE_DIRECTIONS,
+    Linkage,
     group_layer_paper,
     group_model,
     merge_tree,
@@ -91,6 +94,18 @@ def test_a_chosen_grouping_overrules_auto_but_not_a_layer_of_its_own():
         assert layer_groups("a", scheme, chosen, shared) == shared
         assert len(layer_groups("a", scheme.with_options(partition=Partition.LAYER), chosen, shared)) == 2
         assert layer_groups("a", scheme.with_options(partition=Partition.SINGLE), chosen, shared) == SINGLE_GROUP
+
+
+def test_a_grouping_left_to_the_tree_is_cut_to_the_schemes_needs():
+    """Group Timesteps with 0 groups decides how runs are compared and blended, not how many a scheme pays for."""
+    found = calibration(a=[t * (t - 4) / 80 for t in range(12)])
+    for linkage in Linkage:
+        chosen = replace(found, grouping=group_model(SIGMAS, found.layers, linkage=linkage, interpolate=True))
+        for preset, unexplained in (("W8A8", AUTO_UNEXPLAINED_BESIDE_DIRECTIONS), ("W8A8 static", AUTO_UNEXPLAINED)):
+            expected = group_model(SIGMAS, found.layers, linkage=linkage, interpolate=True, unexplained=unexplained)
+            assert shared_groups(PRESETS[preset], chosen) == expected.groups
+    few, many = (len(shared_groups(PRESETS[name], chosen)) for name in ("W8A8", "W8A8 static"))
+    assert few < many
 
 
 def test_interpolation_is_passed_on():
