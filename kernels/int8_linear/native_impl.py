@@ -53,7 +53,7 @@ def int8_linear(
     )
     column_sum = vector("column_sum", column_sum, N, torch.int32)
     check(coordinates, responses, M, N)
-    p, B = (None if v is None else v.float().contiguous() for v in (coordinates, responses))
+    p, B = (None if v is None else v.contiguous() for v in (coordinates, responses))
     y = torch.empty(M, N, dtype=dtype)
     native.linear(
         address(a),
@@ -75,7 +75,7 @@ def int8_linear(
         address(B),
         address(y),
         library.DTYPES[dtype],
-        scratch(native.linear_buffer(M, K, torch.get_num_threads())),
+        scratch(native.linear_buffer(M, N, K, 0 if p is None else p.shape[1], torch.get_num_threads())),
     )
     return y
 

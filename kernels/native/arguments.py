@@ -1,6 +1,5 @@
 """Tensors as C takes them: contiguous, of the right type and size, by address."""
 
-import torch
 from torch import Tensor, dtype
 
 from ..numerics import lerp_rows
@@ -9,9 +8,9 @@ from ..numerics import lerp_rows
 def table_row(table: Tensor, index: Tensor, fraction: Tensor) -> Tensor:
     """`lerp_rows`; where nothing is interpolated, in a third of its calls: a CPU may look at its own memory.
 
-    A copy in any case: an op may not return a part of its input.
+    May be a part of the table, which an op must not return.
     """
-    return table[int(index)].to(torch.float32, copy=True) if float(fraction) == 0 else lerp_rows(table, index, fraction)
+    return table[int(index)].float() if float(fraction) == 0 else lerp_rows(table, index, fraction)
 
 
 def vector(name: str, values: Tensor | None, size: int, kind: dtype) -> Tensor | None:

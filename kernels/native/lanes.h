@@ -17,10 +17,19 @@ INLINE __mmask16 first_lanes(int64_t count) {
     return count >= LANES ? ALL : (__mmask16)((1u << count) - 1);
 }
 
+// bytes of an entry
+INLINE int64_t width(int dtype) { return dtype == FP32 ? 4 : 2; }
+
+// v[0] and the next lanes; those outside the mask are 0
+INLINE __m512 load_floats(const float *v, __mmask16 mask) {
+    return mask == ALL ? _mm512_loadu_ps(v) : _mm512_maskz_loadu_ps(mask, v);
+}
+
 // x[at] and the next lanes, widened to fp32; lanes outside the mask are 0
 INLINE __m512 load_lanes(const void *x, int dtype, int64_t at, __mmask16 mask) {
-    if (dtype == FP32) return _mm512_maskz_loadu_ps(mask, (const float *)x + at);
-    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)x + at);
+    if (dtype == FP32) return load_floats((const float *)x + at, mask);
+    const uint16_t *narrow = (const uint16_t *)x + at;
+    __m256i half = mask == ALL ? _mm256_loadu_si256((const __m256i *)narrow) : _mm256_maskz_loadu_epi16(mask, narrow);
     if (dtype == FP16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }

@@ -23,7 +23,8 @@ from ..backends import first_line
 from ..user_cache import user_cache
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("quantizer.c", "product.c"), ("lanes.h", "team.h")
+SOURCES = ("quantizer.c", "product.c")
+HEADERS = ("along.h", "codes.h", "lanes.h", "rotation.h", "team.h")
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
 OPTIONS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
@@ -38,8 +39,8 @@ DIRECTIONS = (SIZE, POINTER, POINTER)
 SIGNATURES = {
     "quantize_activation": (
         None,
-        # x, dtype, M, K, stride; offset, factor; number of directions, whether to find the coordinates, these and the
-        # directions; order, symmetric; fixed range; codes, scale, zero; buffers
+        # x, dtype, M, K, stride; offset, smooth; number of directions, whether to find the coordinates, these and the
+        # directions; order, symmetric; fixed range; codes, scale, zero; buffer
         (
             *TEAM,
             POINTER,
@@ -61,7 +62,8 @@ SIGNATURES = {
     # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; directions; y, dtype,
     # buffer
     "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, *DIRECTIONS, POINTER, INT, POINTER)),
-    "linear_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
+    "quantizer_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
+    "linear_buffer": (SIZE, (SIZE, SIZE, SIZE, SIZE, ctypes.c_uint)),
 }
 # as numbered in lanes.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -72,8 +74,9 @@ class Library:
     """The functions of the C sources. The first two start a team of threads, which they take as first arguments."""
 
     quantize_activation: Callable[..., None]
+    quantizer_buffer: Callable[[int, int, int], int]
     linear: Callable[..., None]
-    linear_buffer: Callable[[int, int, int], int]
+    linear_buffer: Callable[[int, int, int, int, int], int]
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

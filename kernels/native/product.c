@@ -34,7 +34,9 @@ typedef struct {
     const float *row_scale, *row_zero, *column_scale, *bias, *correction;
     const int32_t *column_sum;
     int64_t rank;
-    const float *coordinates, *responses;
+    const uint16_t *coordinates;
+    // [rank, N]
+    float *responses;
     void *y;
     int dtype;
     // the chunk: its tiles, the panels that are multiplied by a whole part of them, the pieces in which the others are
@@ -47,13 +49,15 @@ INLINE int64_t words(int64_t K) { return (K + 3) / 4; }
 INLINE int64_t panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 INLINE int64_t tiles(int64_t M) { return (M + TILE_M - 1) / TILE_M; }
 
-// with room behind it, see pack_tile
-INLINE int64_t tile_size(int64_t K) { return (words(K) * 4 * TILE_M + 16 + 63) / 64 * 64; }
+// bytes of a tile's codes, with room behind them, see pack_tile; and with the tokens' terms [2 + rank, 12]: row scales,
+// row zeros and coordinates
+INLINE int64_t codes_size(int64_t K) { return (words(K) * 4 * TILE_M + 16 + 63) / 64 * 64; }
+INLINE int64_t tile_size(int64_t K, int64_t rank) { return codes_size(K) + ((2 + rank) * TILE_M * 4 + 63) / 64 * 64; }
 // with room for the accumulators' first values
 INLINE int64_t panel_size(int64_t K) { return (words(K) * 4 + 4) * PANEL; }
 
-INLINE int64_t chunk_tiles(int64_t M, int64_t K) {
-    int64_t fit = CHUNK_BYTES / tile_size(K);
+INLINE int64_t chunk_tiles(int64_t M, int64_t K, int64_t rank) {
+    int64_t fit = CHUNK_BYTES / tile_size(K, rank);
     return MIN(tiles(M), fit < FEWEST_TILES ? FEWEST_TILES : fit);
 }
 
@@ -96,6 +100,19 @@ static void pack_tile(const int8_t *a, int64_t rows, int64_t K, uint8_t *out) {
         transpose(r);
         for (int64_t j = 0; j < MIN(16, words(K) - k / 4); j++)
             _mm512_storeu_si512(out + (k / 4 + j) * TILE_M * 4, r[j]);
+    }
+}
+
+// of tokens m and following; 0 of those past the last
+static void pack_terms(const Product *p, int64_t m, float *terms) {
+    for (int64_t i = 0; i < TILE_M; i++) {
+        int known = m + i < p->M;
+        terms[i] = known ? p->row_scale[m + i] : 0.0f;
+        terms[TILE_M + i] = known && p->row_zero ? p->row_zero[m + i] : 0.0f;
+        for (int64_t r = 0; r < p->rank; r++) {
+            uint32_t bits = known ? (uint32_t)p->coordinates[(m + i) * p->rank + r] << 16 : 0;
+            memcpy(terms + (2 + r) * TILE_M + i, &bits, 4);
+        }
     }
 }
 
@@ -169,9 +186,10 @@ INLINE void pack_panel(const Product *product, int64_t n, int bits, uint8_t *out
 static void pack_panel8(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 8, out, first); }
 static void pack_panel4(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 4, out, first); }
 
-// row scale * column scale * (sum - zero * column sum) + p B + b + c, in the reference's order of operations, of one half of
-// a tile: rows m and following, columns n and following
-INLINE void finish(const Product *p, int64_t m, int64_t n, int64_t rows, const int count, __m512i sum[][2], int half) {
+// row scale * column scale * (sum - zero * column sum) + p B + b + c, in the order of the reference, of one half
+// of a tile: rows m and following, columns n and following
+INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, int64_t rows, const int count,
+                   __m512i sum[][2], int half) {
     if (n >= p->N) return;
     __mmask16 mask = first_lanes(p->N - n);
     __m512 none = _mm512_setzero_ps(), scale = _mm512_maskz_loadu_ps(mask, p->column_scale + n);
@@ -181,17 +199,16 @@ INLINE void finish(const Product *p, int64_t m, int64_t n, int64_t rows, const i
     __m512 y[TILE_M];
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
-        int64_t row = m + MIN(i, rows - 1);
         y[i] = _mm512_cvtepi32_ps(sum[i][half]);
-        if (p->row_zero) y[i] = _mm512_sub_ps(y[i], _mm512_mul_ps(_mm512_set1_ps(p->row_zero[row]), column));
-        y[i] = _mm512_mul_ps(_mm512_mul_ps(y[i], _mm512_set1_ps(p->row_scale[row])), scale);
+        if (p->row_zero) y[i] = _mm512_sub_ps(y[i], _mm512_mul_ps(_mm512_set1_ps(terms[TILE_M + i]), column));
+        y[i] = _mm512_mul_ps(_mm512_mul_ps(y[i], _mm512_set1_ps(terms[i])), scale);
     }
     for (int64_t r = 0; r < p->rank; r++) {
         __m512 response = _mm512_maskz_loadu_ps(mask, p->responses + r * p->N + n);
         // fused: p B is exact, see kernels/directions.py
 #pragma GCC unroll 12
         for (int i = 0; i < count; i++)
-            y[i] = _mm512_fmadd_ps(_mm512_set1_ps(p->coordinates[(m + MIN(i, rows - 1)) * p->rank + r]), response, y[i]);
+            y[i] = _mm512_fmadd_ps(_mm512_set1_ps(terms[(2 + r) * TILE_M + i]), response, y[i]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
@@ -210,6 +227,7 @@ INLINE void add_products(__m512i *sum, __m512i unsigned_bytes, __m512i signed_by
 // `count` tokens of a packed tile times a packed panel
 INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, const int32_t *first, int64_t m, int64_t n,
                      int64_t rows, const int count) {
+    const float *terms = (const float *)(a + codes_size(p->K));
     __m512i sum[TILE_M][2];
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
@@ -227,8 +245,8 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, const
         a += TILE_M * 4;
         w += PANEL * 4;
     }
-    finish(p, m, n, rows, count, sum, 0);
-    finish(p, m, n + LANES, rows, count, sum, 1);
+    finish(p, terms, m, n, rows, count, sum, 0);
+    finish(p, terms, m, n + LANES, rows, count, sum, 1);
 }
 
 static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, const int32_t *first, int64_t m,
@@ -253,7 +271,9 @@ static void pack_tiles(void *data) {
         int64_t at = part % p->team.shares, start = part_start(p, at), count = part_start(p, at + 1) - start;
         while ((t = take(&p->team, at, 1)) < count) {
             int64_t m = (p->tile + start + t) * TILE_M;
-            pack_tile(p->a + m * p->K, p->M - m, p->K, p->tokens + (start + t) * tile_size(p->K));
+            uint8_t *tile = p->tokens + (start + t) * tile_size(p->K, p->rank);
+            pack_tile(p->a + m * p->K, p->M - m, p->K, tile);
+            pack_terms(p, m, (float *)(tile + codes_size(p->K)));
         }
     }
 }
@@ -269,7 +289,7 @@ INLINE void multiply_panel(const Product *p, int64_t panel, int64_t start, int64
         int64_t m = (p->tile + t) * TILE_M;
         for (int64_t at = ahead * (t - start) / (end - start); at < ahead * (t - start + 1) / (end - start); at += 64)
             _mm_prefetch(from + at, _MM_HINT_T1);
-        multiply_tile(p, p->tokens + t * tile_size(p->K), w, first, m, n, p->M - m);
+        multiply_tile(p, p->tokens + t * tile_size(p->K, p->rank), w, first, m, n, p->M - m);
     }
 }
 
@@ -290,26 +310,30 @@ static void multiply_panels(void *data) {
 }
 
 // bytes of scratch memory
-int64_t linear_buffer(int64_t M, int64_t K, unsigned threads) {
-    return chunk_tiles(M, K) * tile_size(K) + threads * panel_size(K);
+int64_t linear_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned threads) {
+    return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + rank * N * 4;
 }
 
 // a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
-// column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; coordinates [M, rank],
-// responses [rank, N]; y [M, N];
-// buffer [linear_buffer(M, K, threads)], aligned to 64 bytes
-void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, const uint8_t *w, const uint8_t *levels,
-            const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G, const float *row_scale,
-            const float *row_zero, const float *column_scale, const int32_t *column_sum, const float *bias,
-            const float *correction, int64_t rank, const float *coordinates, const float *responses, void *y, int dtype,
-            uint8_t *buffer) {
+// column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; coordinates [M, rank]
+// bf16, responses [rank, N] fp16; y [M, N]; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
+void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, const uint8_t *w,
+            const uint8_t *levels, const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G,
+            const float *row_scale, const float *row_zero, const float *column_scale, const int32_t *column_sum,
+            const float *bias, const float *correction, int64_t rank, const uint16_t *coordinates,
+            const uint16_t *responses, void *y, int dtype, uint8_t *buffer) {
     Product p = {.a = a, .w = w, .levels = levels, .table = table, .M = M, .N = N, .K = K, .G = G,
                  .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
-                 .correction = correction, .column_sum = column_sum, .rank = rank, .coordinates = coordinates,
-                 .responses = responses, .y = y, .dtype = dtype};
-    int64_t most = chunk_tiles(M, K), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * (dtype == FP32 ? 4 : 2);
+                 .correction = correction, .column_sum = column_sum, .rank = rank, .coordinates = coordinates, .y = y,
+                 .dtype = dtype};
+    int64_t most = chunk_tiles(M, K, rank), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * width(dtype);
     p.tokens = buffer;
-    p.panels = buffer + most * tile_size(K);
+    p.panels = buffer + most * tile_size(K, rank);
+    p.responses = (float *)(p.panels + threads * panel_size(K));
+    for (int64_t at = 0; at < rank * N; at += LANES) {
+        __mmask16 mask = first_lanes(rank * N - at);
+        store_lanes(p.responses, FP32, at, mask, load_lanes(responses, FP16, at, mask));
+    }
     if (nbytes >= LARGE) {
         // fresh memory: one page fault for 2 MiB in place of 512, which would cost a third of the product
         uintptr_t start = ((uintptr_t)y + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;

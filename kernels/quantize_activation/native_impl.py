@@ -62,13 +62,13 @@ def quantize_rows(
     if x.stride(1) != 1:
         x = x.contiguous()
     offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
-    factor = None if smooth is None else vector("smooth", smooth.float().reciprocal(), K, torch.float32)
+    smooth = vector("smooth", smooth, K, torch.float32)
     check(coordinates, directions, M, K)
     p, V = (None if v is None else v.contiguous() for v in (coordinates, directions))
     rank = 0 if V is None else len(V)
     fixed_scale = fixed_zero = scale = zero = None
     if static_scale is not None:
-        fixed_scale = table_row(static_scale[:, None], index, fraction)
+        fixed_scale = table_row(static_scale[:, None], index, fraction).clone()
         if static_zero is not None:
             fixed_zero = table_row(static_zero[:, None], index, fraction).round()
     else:
@@ -82,7 +82,7 @@ def quantize_rows(
         K,
         x.stride(0),
         address(offset),
-        address(factor),
+        address(smooth),
         rank,
         int(find),
         address(p),
@@ -94,7 +94,7 @@ def quantize_rows(
         address(codes),
         address(scale),
         address(zero),
-        scratch((torch.get_num_threads() + 2 * rank) * K * 4),
+        scratch(native.quantizer_buffer(K, rank, torch.get_num_threads())),
     )
     if fixed_scale is not None:
         return codes, fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)

@@ -1,0 +1,110 @@
+// Coordinates of tokens along directions that are kept in 16 bits, and what is left of a token without them.
+
+#ifndef DIT_QUANT_ALONG_H
+#define DIT_QUANT_ALONG_H
+
+#include "lanes.h"
+#include "rotation.h"
+
+#define MOST_DIRECTIONS 16
+// directions that are worked on at a time, in registers
+#define SUMS 4
+// rows whose coordinates are found at a time
+#define TOGETHER 4
+
+// rank directions V [padded, K], filled up with zeros, the last SUMS of them as the rotation has x; duals V / s²
+// [padded, K]; origin z · duals [rank]
+typedef struct {
+    int64_t K, rank, padded;
+    float *V, *duals, origin[MOST_DIRECTIONS];
+} Directions;
+
+INLINE int64_t padded_rank(int64_t rank) { return (rank + SUMS - 1) / SUMS * SUMS; }
+
+// V fp16 [rank, K], 1 / s, z -> fp32 in `buffer` [2 padded, K]
+INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, const float *factor,
+                                const float *shift, int order, float *buffer) {
+    Directions d = {.K = K, .rank = rank, .padded = padded_rank(rank), .V = buffer};
+    d.duals = buffer + d.padded * K;
+    for (int64_t r = 0; r < d.padded; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; k += LANES) {
+            __mmask16 mask = first_lanes(K - k);
+            __m512 v = r < rank ? load_lanes(given + r * K, FP16, k, mask) : _mm512_setzero_ps();
+            store_lanes(d.V + r * K, FP32, k, mask, v);
+            __m512 inverse = load_floats(factor + k, mask);
+            v = _mm512_mul_ps(_mm512_mul_ps(v, inverse), inverse);
+            store_lanes(d.duals + r * K, FP32, k, mask, v);
+            sum = _mm512_fmadd_ps(v, load_floats(shift + k, mask), sum);
+        }
+        if (r < rank) d.origin[r] = _mm512_reduce_add_ps(sum);
+        if (order >= 64 && r >= d.padded - SUMS) swap_table(d.V + r * K, K, d.V + r * K);
+    }
+    return d;
+}
+
+// lanes `at` and following of rows that share what they are multiplied by: SUMS duals
+INLINE void add_products(const char *const *rows, int dtype, int64_t ahead, const float *dual, int64_t K, int64_t at,
+                         __mmask16 mask, __m512 sum[][SUMS]) {
+    __m512 v[TOGETHER];
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) {
+        v[i] = load_lanes(rows[i], dtype, at, mask);
+        // the next rows come from memory meanwhile
+        _mm_prefetch(rows[i] + at * width(dtype) + ahead, _MM_HINT_T0);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < SUMS; r++) {
+        __m512 factor = load_floats(dual + r * K + at, mask);
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++) sum[i][r] = _mm512_fmadd_ps(v[i], factor, sum[i][r]);
+    }
+}
+
+// bf16 coordinates [count, rank] of up to TOGETHER rows
+INLINE void find_coordinates(const Directions *d, const void *x, int dtype, int64_t stride, int64_t count,
+                             uint16_t *coordinates) {
+    float p[TOGETHER][MOST_DIRECTIONS];
+    const int64_t step = stride * width(dtype), K = d->K;
+    const char *rows[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) rows[i] = (const char *)x + MIN(i, count - 1) * step;
+    for (int64_t first = 0; first < d->rank; first += SUMS) {
+        __m512 sum[TOGETHER][SUMS];
+#pragma GCC unroll 4
+        for (int i = 0; i < TOGETHER; i++)
+#pragma GCC unroll 4
+            for (int r = 0; r < SUMS; r++) sum[i][r] = _mm512_setzero_ps();
+        const float *dual = d->duals + first * K;
+        int64_t at = 0;
+        for (; at + LANES <= K; at += LANES) add_products(rows, dtype, TOGETHER * step, dual, K, at, ALL, sum);
+        if (at < K) add_products(rows, dtype, TOGETHER * step, dual, K, at, first_lanes(K - at), sum);
+        for (int i = 0; i < TOGETHER; i++)
+            for (int r = 0; r < SUMS && first + r < d->rank; r++)
+                p[i][first + r] = _mm512_reduce_add_ps(sum[i][r]) - d->origin[first + r];
+    }
+    __mmask16 mask = first_lanes(d->rank);
+    for (int64_t i = 0; i < count; i++)
+        _mm256_mask_storeu_epi16(coordinates + i * d->rank, mask, bf16_lanes(_mm512_maskz_loadu_ps(mask, p[i])));
+}
+
+// v less SUMS directions, of which `V` points to the first. Fused: p V is exact, see kernels/directions.py.
+INLINE __m512 less(__m512 v, const __m512 *p, const float *V, int64_t K, int64_t at, __mmask16 mask) {
+#pragma GCC unroll 4
+    for (int r = 0; r < SUMS; r++) v = _mm512_fnmadd_ps(p[r], load_floats(V + r * K + at, mask), v);
+    return v;
+}
+
+// x - z, less SUMS directions -> out
+INLINE void take_off(const Directions *d, const void *x, int dtype, const float *shift, const float *V, const float *p,
+                     float *out) {
+    const int64_t K = d->K;
+    __m512 lanes[SUMS];
+    for (int r = 0; r < SUMS; r++) lanes[r] = _mm512_set1_ps(p[r]);
+    for (int64_t at = 0; at < K; at += LANES) {
+        __mmask16 mask = first_lanes(K - at);
+        __m512 v = _mm512_sub_ps(load_lanes(x, dtype, at, mask), load_floats(shift + at, mask));
+        store_lanes(out, FP32, at, mask, less(v, lanes, V, K, at, mask));
+    }
+}
+
+#endif
