@@ -8,8 +8,9 @@ import json
 from publish_quality import MODELS
 from readme import ROOT, publish
 
-OURS = ("W8A8", "W8A8 static", "W4A8")
-METHODS = ("native int8 + ConvRot", "W8A8", "W8A8 static", "native asym_w4a8_int8", "W4A8")
+# what each of ours is held against: fixed ranges against a format without rotation
+RIVALS = {"W8A8": "native int8 + ConvRot", "W8A8 static": "native int8", "W4A8": "native asym_w4a8_int8"}
+METHODS = ("native int8", "native int8 + ConvRot", "W8A8", "W8A8 static", "native asym_w4a8_int8", "W4A8")
 
 
 def table(results: dict[str, dict]) -> str:
@@ -21,30 +22,39 @@ def table(results: dict[str, dict]) -> str:
     for condition in dict.fromkeys(condition for condition, _ in found):
         cells = []
         for method in shown:
-            row = found[condition, method]
-            cells.append(f"{row['latent']:.4f}" + (f" ({row['latent_ratio'][0]:.2f}x)" if method in OURS else ""))
+            ratio = f" ({against(found, condition, method, 'latent'):.2f}x)" if method in RIVALS else ""
+            cells.append(f"{found[condition, method]['latent']:.4f}{ratio}")
         lines.append(f"| {condition} | " + " | ".join(cells) + " |")
-    ours = [method for method in shown if method in OURS]
-    lines += ["", "| all conditions | " + " | ".join(ours) + " |", "|---|" + "---|" * len(ours)]
+    ours = [method for method in shown if method in RIVALS]
+    heads = [f"{method}, {error}" for method in ours for error in ("velocity", "latent")]
+    lines += ["", "| all conditions | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for model, result in results.items():
-        lines.append(f"| {MODELS[model]} | " + " | ".join(span(result, method) for method in ours) + " |")
+        spans = [span(result, method, error) for method in ours for error in ("velocity", "latent")]
+        lines.append(f"| {MODELS[model]} | " + " | ".join(spans) + " |")
     settings, versions = plain["settings"], plain["versions"]
     base = settings["calibrated"]
     lines.append(
         f"\nLatent error against full precision in the same condition. Calibrated once, on {base['sampler']}, "
         f"{base['steps']} steps, guidance {base['cfg']:g}, flow shift {base['shift']:g}, 16 x 16 latents; each "
-        "condition changes one of these (heun has half the steps, each of two calls). In brackets: against "
-        "native int8 + ConvRot at 8 bits, native asym_w4a8_int8 at 4; below, the smallest and the largest of these. "
+        "condition changes one of these (heun has half the steps, each of two calls). In brackets: "
+        + ", ".join(f"{ours} against {rival}" for ours, rival in RIVALS.items() if ours in shown)
+        + "; below, the smallest and the largest of these, of the velocity error on the full-precision trajectory too. "
         f"{len(settings['evaluation_prompts'])} prompts; torch {versions['torch']}, "
         f"comfy-kitchen {versions['comfy-kitchen']}, CPU. "
-        "Velocity errors and paired 95 % intervals: `benchmarks/results/off_grid_*.json`."
+        "Paired 95 % intervals: `benchmarks/results/off_grid_*.json`."
     )
     return "\n".join(lines)
 
 
-def span(result: dict, method: str) -> str:
-    """'0.14x to 0.20x': the method's latent ratios over the conditions, '-' where it was not measured."""
-    ratios = [row["latent_ratio"][0] for row in result["rows"] if row["method"] == method]
+def against(found: dict, condition: str, method: str, error: str) -> float:
+    """The method's error in a condition / that of its rival."""
+    return found[condition, method][error] / found[condition, RIVALS[method]][error]
+
+
+def span(result: dict, method: str, error: str) -> str:
+    """'0.14x to 0.20x': the method's ratios over the conditions, '-' where it was not measured."""
+    found = {(row["condition"], row["method"]): row for row in result["rows"]}
+    ratios = [against(found, condition, method, error) for condition, label in found if label == method]
     return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if ratios else "-"
 
 

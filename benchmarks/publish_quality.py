@@ -12,7 +12,7 @@ MODELS = {
     "emoji_wan": "Wan layout",
     "emoji_outliers": "SD3, outliers",
     "emoji_drift": "SD3, outliers that drift",
-    "emoji_mean_drift": "SD3, drifting means",
+    "emoji_mean_drift": "SD3, drifting means alone (control)",
     "emoji_all_outliers": "SD3, all of these",
     "emoji_wan_outliers": "Wan, outliers",
 }
@@ -51,7 +51,7 @@ def table(results: dict[str, dict]) -> str:
         f"{len(settings['evaluation_prompts'])} prompts kept for this table, {settings['calibration_prompts']} others "
         f"for calibration, {settings['steps']} steps; torch {versions['torch']}, "
         f"comfy-kitchen {versions['comfy-kitchen']}, CPU. The models are 256 wide, which is why tables weigh so much. "
-        "Latent errors, PSNR, SSIM and paired 95 % intervals: `benchmarks/results/quality_*.json`."
+        "Latent errors, PSNR, SSIM, a perceptual distance, paired 95 % intervals: `benchmarks/results/quality_*.json`."
     )
     return "\n".join(lines)
 

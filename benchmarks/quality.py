@@ -7,8 +7,8 @@ emoji_mean_drift (planted_drift.py), whose planted means move with sigma; emoji_
 billion-parameter models; emoji_wan, which train_fixture.py --layout wan wrote into benchmarks/assets, and
 emoji_wan_outliers. Rivals need `pip install comfy-kitchen`.
 
-LPIPS and FID are not measured: their networks cannot be downloaded everywhere, and 32x32 pictures are below their
-training size; SSIM stands in.
+The networks of LPIPS and FID cannot be downloaded everywhere. "perceptual" is LPIPS's formula with the features of
+another network (features.py), beside SSIM; frechet.py measures the Frechet distance of many samples.
 """
 
 import argparse
@@ -56,6 +56,7 @@ from dit_quant.quant_core.schemes import (
 )
 from dit_quant.quant_core.timesteps import TimestepState
 from emoji_wan import EmojiWan, load_emoji_wan
+from features import installed, perceptual_distance
 from planted import drifting, function_difference, mean_and_variance, plant, plant_wan
 from planted_drift import mean_drift
 from rivals import rivals
@@ -103,7 +104,8 @@ def ours() -> dict[str, QuantScheme]:
         "W8A8 fast": PRESETS["W8A8 fast"],
         "W8A8 static": static,
         "W8A8 static, one group": static.with_options(partition=Partition.SINGLE),
-        "W8A8 static, interpolated": static.with_options(interpolate=True),
+        "W8A8 static, not interpolated": static.with_options(interpolate=False),
+        "W8A8 static, scale at full strength": static.with_options(scale_strength=1.0),
         "W8A8 static, no shift": static.with_options(shift=Shift.NONE),
         "W8A8 static, no scale": static.with_options(scale=Scale.NONE),
         "W8A8 static, no rotation": static.with_options(hadamard=1),
@@ -223,6 +225,11 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     return (similar / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(dim=1)
 
 
+def wanted(method: str, only: str) -> bool:
+    """Whether the method is one of `only`, names or parts of names with "/" between them; empty: every one is."""
+    return any(part in method for part in only.split("/"))
+
+
 def is_ablation(method: str) -> bool:
     """Ablations are named 'preset, what differs'; they are judged by velocity error alone, five times cheaper."""
     return ", " in method
@@ -236,12 +243,13 @@ def measure(model, before_step, setting: Setting, pictures: bool = True) -> dict
     latents = draw(model, setting.prompts, setting.sampling, before_step)
     found, expected = to_rgb(latents), to_rgb(setting.latents)
     psnr = [psnr_db(a, b) for a, b in zip(found, expected, strict=True)]
-    return {
+    figures = {
         "velocity": velocity,
         "latent": relative_rows(latents, setting.latents).numpy(),
         "psnr_db": np.array(psnr),
         "ssim": ssim(found, expected).numpy(),
     }
+    return figures | ({"perceptual": perceptual_distance(found, expected).numpy()} if installed() else {})
 
 
 def ratio_interval(values: np.ndarray, baseline: np.ndarray, seed: int = 0) -> list[float]:
@@ -273,12 +281,12 @@ def run(
     figures, bits, groups = {}, {FLOOR: 16.0}, {}
     figures[FLOOR] = measure(bf16(model), None, setting)
     for method, build in rivals().items():
-        if only in method:
+        if wanted(method, only):
             rival = build(model, calibration)
             figures[method], bits[method] = measure(rival.model, None, setting), rival.bits_per_weight
             report_line(method, bits[method], figures[method])
     for method, scheme in ours().items():
-        if only in method and (ablations or not is_ablation(method)):
+        if wanted(method, only) and (ablations or not is_ablation(method)):
             twin, state, report = quantized_copy(model, calibration, scheme)
             figures[method] = measure(twin, update_with(state), setting, pictures=not is_ablation(method))
             bits[method], groups[method] = report.bits_per_weight, report.groups
@@ -317,7 +325,7 @@ def mixed_models(
     model: nn.Module, calibration: Calibration, prompts: Prompts, sampling: Sampling, only: str
 ) -> Iterator[tuple[str, Mixed]]:
     """The models of MIXED whose name contains `only`. Gains are measured on the calibration prompts."""
-    chosen = {method: target for method, target in MIXED.items() if only in method}
+    chosen = {method: target for method, target in MIXED.items() if wanted(method, only)}
     gains = measure_gains(model, prompts, sampling) if chosen else {}
     weights = sum(layer.weight.numel() for layer in quantizable(model)[0].values())
     for method, target in chosen.items():
@@ -360,6 +368,15 @@ def report_line(method: str, bits: float, found: dict) -> None:
     print(f"{method:32s} {bits:6.2f} bits  {figures}", flush=True)
 
 
+def updated(old: dict, new: dict) -> dict:
+    """A result whose rows of the methods in `new` are those of `new`. Raises ValueError where anything else differs."""
+    for key in ("model", "versions", "settings"):
+        if old[key] != new[key]:
+            raise ValueError(f"{key} differ: {old[key]} was measured, now {new[key]}; measure everything again")
+    rows = {row["method"]: row for row in old["rows"]}
+    return new | {"rows": list((rows | {row["method"]: row for row in new["rows"]}).values())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="emoji")
@@ -367,7 +384,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="4 prompts, 8 steps: does it run?")
     parser.add_argument("--final", action="store_true", help="the second evaluation set, for the published table only")
-    parser.add_argument("--only", default="", help="methods whose name contains this")
+    parser.add_argument("--only", default="", help="methods whose name contains one of these, with / between")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--no-ablations", action="store_true", help="presets and rivals only")
     parser.add_argument("--calibration-prompts", type=int, help="default 96; 4 with --quick")
     args = parser.parse_args()
@@ -382,6 +400,8 @@ def main() -> None:
         ablations=not args.no_ablations,
         wan=args.wan,
     )
+    if args.update:
+        result = updated(json.loads(args.out.read_text()), result)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

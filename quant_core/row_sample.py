@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROWS = 24
+ROWS = 64
 EMPTY = torch.iinfo(torch.int64).max
 
 

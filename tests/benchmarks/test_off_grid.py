@@ -125,8 +125,8 @@ def test_fresh_noise_is_fresh(model, prompts, monkeypatch):
     assert (torch.corrcoef(found) - torch.eye(8)).abs().max() < 0.1
 
 
-def result(ratios: dict[str, tuple[float, float]]) -> dict:
-    """A results file of two conditions, with the latent ratios of each method."""
+def result(errors: dict[str, tuple[float, float]]) -> dict:
+    """A results file of two conditions: each method's latent error in them; its velocity error is twice as large."""
     return {
         "versions": {"torch": "1", "comfy-kitchen": "2"},
         "settings": {
@@ -134,22 +134,27 @@ def result(ratios: dict[str, tuple[float, float]]) -> dict:
             "calibrated": {"sampler": "euler", "steps": 28, "cfg": 3.0, "shift": 3.0},
         },
         "rows": [
-            {"condition": condition, "method": method, "latent": 0.01 * pair[i], "latent_ratio": [pair[i], 0, 9]}
+            {"condition": condition, "method": method, "latent": pair[i], "velocity": 2 * pair[i] ** 2}
             for i, condition in enumerate(("as calibrated", "cfg 7"))
-            for method, pair in ratios.items()
+            for method, pair in errors.items()
         ],
     }
 
 
 def test_table():
-    native = {"native int8 + ConvRot": (1.0, 1.0), "native asym_w4a8_int8": (1.0, 1.0)}
+    """Every one of ours against a rival of its own."""
+    native = {"native int8": (0.5, 0.5), "native int8 + ConvRot": (0.1, 0.1), "native asym_w4a8_int8": (0.2, 0.1)}
     lines = publish_off_grid.table(
         {
-            "emoji": result({**native, "W8A8": (0.5, 0.75), "W4A8": (0.8, 0.6)}),
-            "emoji_drift": result({**native, "W8A8": (0.2, 0.1)}),
+            "emoji": result({**native, "W8A8": (0.05, 0.075), "W8A8 static": (0.4, 0.25), "W4A8": (0.16, 0.06)}),
+            "emoji_drift": result({**native, "W8A8": (0.02, 0.01)}),
         }
     ).splitlines()
-    assert lines[0] == "| condition | native int8 + ConvRot | W8A8 | native asym_w4a8_int8 | W4A8 |"
-    assert lines[3] == "| cfg 7 | 0.0100 | 0.0075 (0.75x) | 0.0100 | 0.0060 (0.60x) |"
-    assert "| SD3 layout | 0.50x to 0.75x | 0.60x to 0.80x |" in lines
-    assert "| SD3, outliers that drift | 0.10x to 0.20x | - |" in lines
+    head = "native int8 | native int8 + ConvRot | W8A8 | W8A8 static | native asym_w4a8_int8 | W4A8"
+    assert lines[0] == f"| condition | {head} |"
+    expected = "0.5000 | 0.1000 | 0.0750 (0.75x) | 0.2500 (0.50x) | 0.1000 | 0.0600 (0.60x)"
+    assert lines[3] == f"| cfg 7 | {expected} |"
+    plain = next(line for line in lines if line.startswith("| SD3 layout |"))
+    assert plain.split(" | ")[1:3] == ["0.25x to 0.56x", "0.50x to 0.75x"]
+    assert plain.split(" | ")[3:5] == ["0.25x to 0.64x", "0.50x to 0.80x"]
+    assert "| SD3, outliers that drift | 0.01x to 0.04x | 0.10x to 0.20x | - | - | - | - |" in lines

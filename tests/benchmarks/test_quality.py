@@ -135,3 +135,22 @@ def test_both_families_are_measured_alike(quality, wan):
         assert (found["velocity"] > 0).all(), name
         assert (found["velocity"] < 0.05).all(), name
     assert next(wan.parameters()).dtype is torch.float32
+
+
+def test_methods_are_chosen_by_parts_of_their_names(quality):
+    names = ("native int8", "native int8 + ConvRot", "W8A8", "W8A8 static", "W4A8")
+    assert [name for name in names if quality.wanted(name, "")] == list(names)
+    assert [name for name in names if quality.wanted(name, "static/ConvRot")] == [names[1], names[3]]
+
+
+def test_an_update_replaces_rows_of_the_same_measurement_only(quality):
+    def result(**rows):
+        return {"model": "m", "versions": {"torch": "1"}, "settings": {"steps": 28}} | {
+            "rows": [{"method": method, "velocity": velocity} for method, velocity in rows.items()]
+        }
+
+    found = quality.updated(result(a=1, b=2), result(b=3, c=4))
+    assert found == result(a=1, b=3, c=4)
+    for key, other in (("model", "n"), ("versions", {"torch": "2"}), ("settings", {"steps": 8})):
+        with pytest.raises(ValueError, match=f"{key} differ"):
+            quality.updated(result(a=1) | {key: other}, result(b=3))

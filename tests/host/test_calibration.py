@@ -133,9 +133,9 @@ def test_damaged_cache_is_refused_and_recomputed(host_server, first, damage, rea
 
 def test_the_report_says_what_the_memory_was_used_for(host_server):
     text, _ = run(host_server)
-    assert "covariance blocks up to 4096, 24 rows sampled per noise level, 1 pass, 0.0" in text
+    assert "covariance blocks up to 4096, 64 rows sampled per noise level, 1 pass, 0.0" in text
     text, _ = run(host_server, steps=2, **p.NO_COVARIANCE)
-    assert "no covariances, 24 rows sampled per noise level, 1 pass, 0.0" in text
+    assert "no covariances, 64 rows sampled per noise level, 1 pass, 0.0" in text
     assert "rounded to nearest instead of by GPTQ" in text
 
 
@@ -168,7 +168,7 @@ def test_several_passes_give_the_codes_of_one(host_server):
     assert 1 <= taken < MANY
     assert len(caches(host_server) - before) == 2
     text = p.report(host_server.run(prompt("one_pass", memory_gb=4.0)), "calibration")
-    assert "covariance blocks up to 4096, 24 rows sampled per noise level, 1 pass" in text
+    assert "covariance blocks up to 4096, 64 rows sampled per noise level, 1 pass" in text
     folder = host_server.output / "diffusion_models"
     several, one = (load_file(folder / p.saved_name(file)) for file in ("passes", "one_pass"))
     assert_same_codes(several, one)

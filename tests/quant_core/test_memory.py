@@ -13,6 +13,7 @@ from dit_quant.quant_core.memory import (
     split_passes,
     sums_nbytes,
 )
+from dit_quant.quant_core.row_sample import ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ def test_the_budget_is_kept_or_refused(widths, exponent, passes, bins):
         return
     assert found.nbytes <= budget
     assert found.bins <= bins
-    assert found.rows <= 24
+    assert found.rows <= ROWS
     assert len(found.passes) <= passes
     assert sorted(itertools.chain(*found.passes), key=int) == list(features)
     # more passes never make it worse, nor does more memory
@@ -88,7 +89,7 @@ def test_one_pass_where_one_is_enough(limit):
     found = plan(2**40, passes=8)
     assert found.covariance == max(COVARIANCE_LIMITS)
     assert found.passes == (tuple(FEATURES),)
-    assert found.rows == 24
+    assert found.rows == ROWS
 
 
 def test_wider_blocks_in_as_few_passes_as_they_need():
@@ -129,7 +130,7 @@ def test_fewer_bins_before_nothing_fits():
 
 def test_zero_switches_covariances_off_and_limits_nothing_else():
     found = plan(0)
-    assert (found.covariance, found.rows, found.bins) == (None, 24, BINS)
+    assert (found.covariance, found.rows, found.bins) == (None, ROWS, BINS)
     assert found.nbytes < plan(2**40).nbytes - needed(256)
     assert found.passes == (tuple(FEATURES),)
 
@@ -163,5 +164,5 @@ def test_equal_layers_mostly_stay_together():
 def test_the_report_line():
     found = MemoryPlan(4096, 24, 28, (("a",), ("b",)), int(3.14 * 2**30))
     assert str(found) == "covariance blocks up to 4096, 24 rows sampled per noise level, 2 passes, 3.1 GB"
-    assert str(plan(0)).startswith("no covariances, 24 rows")
+    assert str(plan(0)).startswith(f"no covariances, {ROWS} rows")
     assert "1 pass, " in str(plan(2**40))

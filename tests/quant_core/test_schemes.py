@@ -104,7 +104,9 @@ def test_fast_and_static_are_w8a8_without_what_costs_time():
     best = PRESETS["W8A8"].with_options(directions=0)
     assert best != PRESETS["W8A8"]
     assert PRESETS["W8A8 fast"] == best.with_options(name="W8A8 fast", hadamard=1)
-    assert PRESETS["W8A8 static"] == best.with_options(name="W8A8 static", activations=SAMPLED)
+    assert PRESETS["W8A8 static"] == best.with_options(
+        name="W8A8 static", activations=SAMPLED, scale_strength=0.7, interpolate=True
+    )
     assert not PRESETS["W8A8 static"].activations.dynamic
 
 

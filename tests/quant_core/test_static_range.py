@@ -82,9 +82,9 @@ def rounding_error(x, step):
 
 @pytest.mark.parametrize("heavy", [False, True], ids=["gaussian", "heavy tails"])
 def test_error_on_other_rows_is_near_that_of_the_best_step(heavy):
-    """Fitted to 144 rows, judged on 500 others: on average within 10 %, of which the headroom takes most.
+    """Fitted to 144 rows, judged on 500 others: on average within 7 %, of which the headroom takes most.
 
-    The error of a step is in proportion to it as long as nothing clips, so HEADROOM alone may cost 10 %.
+    The error of a step is in proportion to it as long as nothing clips, so HEADROOM alone may cost 5 %.
     """
     ratios = []
     for seed in range(8):
@@ -93,10 +93,10 @@ def test_error_on_other_rows_is_near_that_of_the_best_step(heavy):
         step = sampled_range(sample_of([draw[:144]]), [[0]], None, None, 1)[0]
         others = draw[144:]
         reach = float(others.abs().amax())
-        best = min(rounding_error(others, share * reach / 127) for share in torch.linspace(0.2, 1.2, 51).tolist())
+        best = min(rounding_error(others, share * reach / 127) for share in torch.linspace(0.2, 1.2, 201).tolist())
         ratios.append(rounding_error(others, step) / best)
     assert min(ratios) > 0.999
-    assert sum(ratios) / len(ratios) < 1.1
+    assert sum(ratios) / len(ratios) < 1.07
 
 
 @pytest.mark.parametrize("factor", [0.25, 8.0])
