@@ -19,7 +19,7 @@ NETWORK = "EfficientNet-Lite0, ImageNet"
 SIDE, MEAN, DEVIATION = 224, 127 / 255, 128 / 255
 # the last blocks before the side is halved, and the last of all: 16, 24, 40, 112, 320 channels of side 112 to 7
 STAGES = (0, 2, 4, 10, 15)
-LAYER = "block 15 of 15, mean over positions, 320 channels"
+LAYER = "the last block, mean over positions, 320 channels"
 BATCH = 32
 
 

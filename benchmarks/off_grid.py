@@ -29,7 +29,7 @@ from dit_quant.demo.experiment import (
 from dit_quant.demo.sampler import Velocity, guided_velocity, seeded_noise, shifted_sigmas
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.schemes import PRESETS
-from quality import MODELS, WAN, Setting, calibrated, per_prompt_velocity, relative_rows, row
+from quality import MODELS, WAN, Setting, calibrated, per_prompt_velocity, relative_rows, row, updated, wanted
 from rivals import rivals
 from samplers import SAMPLERS
 from torch import Tensor, nn
@@ -87,13 +87,13 @@ class Method:
     groups: int = 1
 
 
-def methods(model: nn.Module, calibration: Calibration) -> Iterator[tuple[str, Method]]:
-    """Built one at a time, in the order of the table."""
+def methods(model: nn.Module, calibration: Calibration, only: str = "") -> Iterator[tuple[str, Method]]:
+    """Built one at a time, in the order of the table. only: see `quality.wanted`."""
     builders = rivals()
-    for name in RIVALS:
+    for name in (name for name in RIVALS if wanted(name, only)):
         rival = builders[name](model, calibration)
         yield name, Method(rival.model, None, rival.bits_per_weight)
-    for name in OURS:
+    for name in (name for name in OURS if wanted(name, only)):
         twin, state, report = quantized_copy(model, calibration, PRESETS[name])
         yield name, Method(twin, update_with(state), report.bits_per_weight, report.groups)
 
@@ -156,7 +156,7 @@ def measure(condition: Condition, setting: Setting, method: Method) -> dict[str,
     }
 
 
-def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, wan: Path) -> dict:
+def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bool, wan: Path, only: str = "") -> dict:
     sampling = Sampling(steps=steps)
     model, table, calibration = calibrated(name, wan, calibration_prompts, sampling)
     # the two evaluation sets of quality.py
@@ -171,7 +171,7 @@ def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bo
     }
     figures: dict[str, dict] = {condition.name: {} for condition in settings}
     bits, groups = {}, {}
-    for label, method in methods(model, calibration):
+    for label, method in methods(model, calibration, only):
         bits[label], groups[label] = method.bits_per_weight, method.groups
         for condition, setting in settings.items():
             found = figures[condition.name][label] = measure(condition, setting, method)
@@ -209,9 +209,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 development prompts, 3 steps: does it run?")
     parser.add_argument("--prompts", type=int, default=6, help="evaluation prompts of the full run")
     parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
+    parser.add_argument("--only", default="", help="methods whose name contains one of these, with / between")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of --out")
     args = parser.parse_args()
     size = (2, 3, 4) if args.quick else (args.prompts, 28, 96)
-    result = run(args.model, *size, final=not args.quick, wan=args.wan)
+    result = run(args.model, *size, final=not args.quick, wan=args.wan, only=args.only)
+    if args.update:
+        result = updated(json.loads(args.out.read_text()), result)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

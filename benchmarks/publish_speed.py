@@ -1,4 +1,4 @@
-"""Writes the README's speed tables from benchmarks/results/kernels_*.json and end_to_end_*.json.
+"""Writes the README's speed tables from kernels_*.json, end_to_end_*.json and fused_*.json in benchmarks/results/.
 
 python benchmarks/publish_speed.py
 """
@@ -52,6 +52,29 @@ def model_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def fused_table(result: dict) -> str:
+    """Fused quantizers against the same apart, one line per op, preset and type of input; a column per backend."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["timed"] if name != "apart"))
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["op"], row["preset"], row["dtype"]), []).append(row["timed"])
+    lines = ["| op | preset | input | shapes | " + " | ".join(names) + " |", "|---|" + "---|" * (3 + len(names))]
+    for head, rows in groups.items():
+        cells = [spread([row[name]["times_apart"][0] for row in rows if name in row]) for name in names]
+        lines.append("| " + " | ".join([*head, str(len(rows)), *cells]) + " |")
+    quantizers = sorted({row["timed"]["apart"]["backend"] for row in result["rows"] if "apart" in row["timed"]})
+    lines.append(
+        f"\nTime of the host's ops and of the quantizer behind them ({', '.join(quantizers)}) over the time of the "
+        "fused quantizer, timed by turns in one run: least and largest over the shapes, above 1.00x fusing is faster. "
+        f"{where(result)}"
+    )
+    return "\n".join(lines)
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if ratios else "-"
+
+
 def where(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     device = (
@@ -68,6 +91,7 @@ def found(pattern: str) -> list[tuple[Path, dict]]:
 def main() -> None:
     publish("layer speed table", "\n\n".join(kernel_table(result) for _, result in found("kernels_*.json")))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
+    publish("fused speed table", "\n\n".join(fused_table(result) for _, result in found("fused_*.json")))
 
 
 if __name__ == "__main__":

@@ -369,12 +369,15 @@ def report_line(method: str, bits: float, found: dict) -> None:
 
 
 def updated(old: dict, new: dict) -> dict:
-    """A result whose rows of the methods in `new` are those of `new`. Raises ValueError where anything else differs."""
+    """`old` with the rows of `new` in place of its own for the same method (and condition).
+
+    Raises ValueError where anything else differs.
+    """
     for key in ("model", "versions", "settings"):
         if old[key] != new[key]:
             raise ValueError(f"{key} differ: {old[key]} was measured, now {new[key]}; measure everything again")
-    rows = {row["method"]: row for row in old["rows"]}
-    return new | {"rows": list((rows | {row["method"]: row for row in new["rows"]}).values())}
+    rows = {(row.get("condition"), row["method"]): row for row in (*old["rows"], *new["rows"])}
+    return new | {"rows": list(rows.values())}
 
 
 def main() -> None:

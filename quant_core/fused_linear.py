@@ -1,7 +1,7 @@
 """`quant_linear` with what stands before the layer in the same kernel as its quantizer.
 
-The values in between stay in fp32. Nothing calls these yet: no architecture uses them before a GPU has shown that
-they are faster than the host's own ops followed by `quant_linear`. A layer with directions reads its input twice, so
+The values in between stay in fp32. Nothing calls these yet: on a CPU the host's own ops followed by `quant_linear` are
+faster (benchmarks/fused.py), and no architecture uses them before a GPU has shown the opposite there. A layer with directions reads its input twice, so
 that there is nothing to fuse: what stands before it is computed in fp32.
 """
 
