@@ -9,8 +9,8 @@
 #define MOST_DIRECTIONS 16
 // directions that are worked on at a time, in registers
 #define SUMS 4
-// rows whose coordinates are found at a time
-#define TOGETHER 4
+// rows whose coordinates are found at a time, so that the duals are loaded once for them: as many as registers hold
+#define TOGETHER 6
 
 // rank directions V [padded, K], filled up with zeros, the last SUMS of them as the rotation has x; duals V / s²
 // [padded, K]; origin z · duals [rank]
@@ -47,7 +47,7 @@ INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, 
 INLINE void add_products(const char *const *rows, int dtype, int64_t ahead, const float *dual, int64_t K, int64_t at,
                          __mmask16 mask, __m512 sum[][SUMS]) {
     __m512 v[TOGETHER];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < TOGETHER; i++) {
         v[i] = load_lanes(rows[i], dtype, at, mask);
         // the next rows come from memory meanwhile
@@ -56,7 +56,7 @@ INLINE void add_products(const char *const *rows, int dtype, int64_t ahead, cons
 #pragma GCC unroll 4
     for (int r = 0; r < SUMS; r++) {
         __m512 factor = load_floats(dual + r * K + at, mask);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < TOGETHER; i++) sum[i][r] = _mm512_fmadd_ps(v[i], factor, sum[i][r]);
     }
 }
@@ -70,7 +70,7 @@ INLINE void find_coordinates(const Directions *d, const void *x, int dtype, int6
     for (int i = 0; i < TOGETHER; i++) rows[i] = (const char *)x + MIN(i, count - 1) * step;
     for (int64_t first = 0; first < d->rank; first += SUMS) {
         __m512 sum[TOGETHER][SUMS];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int i = 0; i < TOGETHER; i++)
 #pragma GCC unroll 4
             for (int r = 0; r < SUMS; r++) sum[i][r] = _mm512_setzero_ps();

@@ -27,7 +27,7 @@ SOURCES = ("quantizer.c", "product.c")
 HEADERS = ("along.h", "codes.h", "lanes.h", "rotation.h", "team.h")
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
-OPTIONS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+OPTIONS = ("-O3", "-mtune=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 OPTIONS += tuple(f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS)
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120

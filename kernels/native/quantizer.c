@@ -5,9 +5,11 @@
 #include "rotation.h"
 #include "team.h"
 
-// rows that a thread takes at a time
-#define PORTION 8
-// that are worked on together, where their order allows it
+// rows that a thread takes at a time: a multiple of TOGETHER and of PAIR
+#define PORTION 12
+// that are transformed in turns: the tables come from the first cache, and so do the rows, which more would push out
+#define PAIR 2
+// registers of a row that are transformed together, where the order allows it
 #define MOST_REGISTERS 12
 
 typedef struct {
@@ -69,8 +71,7 @@ INLINE void transform(const Row *row, int dtype, const int order, const int alon
     }
 }
 
-// up to TOGETHER rows, transformed -> out [rows, K], their lanes in the order of rotation.h; and their ranges, if
-// measured.
+// up to PAIR rows, transformed -> out [rows, K], their lanes in the order of rotation.h; and their ranges, if measured.
 // A few registers of each in turn, so that the tables come from the first cache.
 typedef void (*transform_t)(const Row *rows, int64_t count, int measured, Range *ranges, float *out);
 
@@ -179,12 +180,11 @@ static void encode_row(const float *v, int64_t K, float scale, float zero, int w
     }
 }
 
-// rows `at` and following, up to TOGETHER
+// rows `at` and following, up to PAIR, their coordinates known
 static void quantize_rows(Quantizer *q, transform_t transform, int64_t at, int64_t count, float *buffer) {
-    float p[TOGETHER][MOST_DIRECTIONS];
-    Row rows[TOGETHER];
-    Range ranges[TOGETHER];
-    if (q->find) find_coordinates_of(q, at, count);
+    float p[PAIR][MOST_DIRECTIONS];
+    Row rows[PAIR];
+    Range ranges[PAIR];
     for (int64_t i = 0; i < count; i++) {
         rows[i] = row_of(q, at + i, p[i], buffer + i * q->K);
         ranges[i] = no_range();
@@ -207,20 +207,22 @@ static void quantize_rows(Quantizer *q, transform_t transform, int64_t at, int64
 
 static void work(void *data) {
     Quantizer *q = data;
-    float *buffer = q->buffers + q->team.number() * TOGETHER * q->K;
+    float *buffer = q->buffers + q->team.number() * PAIR * q->K;
     int64_t own = own_share(&q->team), shares = q->team.shares, taken;
     transform_t transform = transform_for(q->along.rank > SUMS ? FP32 : q->dtype, q->order, q->along.rank > 0);
     for (int64_t share = own; share < own + shares; share++) {
         int64_t first = q->M * (share % shares) / shares, end = q->M * (share % shares + 1) / shares;
         while ((taken = first + take(&q->team, share % shares, PORTION)) < end)
-            for (int64_t row = taken, last = MIN(taken + PORTION, end); row < last; row += TOGETHER)
-                quantize_rows(q, transform, row, MIN(TOGETHER, last - row), buffer);
+            for (int64_t row = taken, last = MIN(taken + PORTION, end); row < last; row += PAIR) {
+                if (q->find && (row - taken) % TOGETHER == 0) find_coordinates_of(q, row, MIN(TOGETHER, last - row));
+                quantize_rows(q, transform, row, MIN(PAIR, last - row), buffer);
+            }
     }
 }
 
 // bytes of scratch memory
 int64_t quantizer_buffer(int64_t K, int64_t rank, unsigned threads) {
-    return (threads * TOGETHER + 4 + 2 * padded_rank(rank)) * K * 4;
+    return (threads * PAIR + 4 + 2 * padded_rank(rank)) * K * 4;
 }
 
 // x [M, K], its rows `stride` apart; shift, smooth [K] or null; coordinates [M, rank] bf16, read or found, directions
@@ -231,7 +233,7 @@ void quantize_activation(parallel_t parallel, number_t number, unsigned threads,
                          uint16_t *coordinates, const uint16_t *directions, int order, int symmetric,
                          const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
                          float *buffer) {
-    float *zeros = buffer + threads * TOGETHER * K, *inverse = zeros + K, *tables = inverse + K;
+    float *zeros = buffer + threads * PAIR * K, *inverse = zeros + K, *tables = inverse + K;
     for (int64_t k = 0; k < K; k++) {
         zeros[k] = 0.0f;
         inverse[k] = smooth ? 1.0f / smooth[k] : 1.0f;
