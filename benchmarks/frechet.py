@@ -208,10 +208,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="emoji")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="16 samples, 3 steps, 4 calibration prompts: does it run?")
-    parser.add_argument("--samples", type=int, help="default 1024; 16 with --quick")
+    parser.add_argument("--samples", type=int, help="default 640; 16 with --quick")
     parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
     args = parser.parse_args()
-    samples, steps, prompts, calibration_steps = (16, 3, 4, 3) if args.quick else (1024, 12, 96, 28)
+    samples, steps, prompts, calibration_steps = (16, 3, 4, 3) if args.quick else (640, 12, 96, 28)
     samples = samples if args.samples is None else args.samples
     if samples < 4:
         parser.error(f"--samples {samples}: two prompts of two samples each are the least")
