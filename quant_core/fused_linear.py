@@ -1,8 +1,8 @@
 """`quant_linear` with what stands before the layer in the same kernel as its quantizer.
 
 The values in between stay in fp32. Nothing calls these yet: on a CPU the host's own ops followed by `quant_linear` are
-faster (benchmarks/fused.py), and no architecture uses them before a GPU has shown the opposite there. A layer with directions reads its input twice, so
-that there is nothing to fuse: what stands before it is computed in fp32.
+faster (benchmarks/fused.py), and no architecture uses them before a GPU has shown the opposite there. A layer with
+directions reads its input twice, so that there is nothing to fuse: what stands before it is computed in fp32.
 """
 
 import torch.nn.functional as F
