@@ -6,7 +6,7 @@ python benchmarks/publish_off_grid.py
 import json
 
 from publish_quality import MODELS
-from readme import ROOT, publish
+from readme import ROOT, publish, spread
 
 # what each of ours is held against: fixed ranges against a format without rotation
 RIVALS = {"W8A8": "native int8 + ConvRot", "W8A8 static": "native int8", "W4A8": "native asym_w4a8_int8"}
@@ -52,10 +52,9 @@ def against(found: dict, condition: str, method: str, error: str) -> float:
 
 
 def span(result: dict, method: str, error: str) -> str:
-    """'0.14x to 0.20x': the method's ratios over the conditions, '-' where it was not measured."""
+    """The method's ratios over the conditions."""
     found = {(row["condition"], row["method"]): row for row in result["rows"]}
-    ratios = [against(found, condition, method, error) for condition, label in found if label == method]
-    return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if ratios else "-"
+    return spread([against(found, condition, method, error) for condition, label in found if label == method])
 
 
 def main() -> None:

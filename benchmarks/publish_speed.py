@@ -6,7 +6,7 @@ python benchmarks/publish_speed.py
 import json
 from pathlib import Path
 
-from readme import ROOT, publish
+from readme import ROOT, publish, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("W8A8", "W8A8 fast", "W8A8 static", "W4A8")
@@ -69,10 +69,6 @@ def fused_table(result: dict) -> str:
         f"{where(result)}"
     )
     return "\n".join(lines)
-
-
-def spread(ratios: list[float]) -> str:
-    return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if ratios else "-"
 
 
 def where(result: dict) -> str:

@@ -373,7 +373,7 @@ def updated(old: dict, new: dict) -> dict:
 
     Raises ValueError where anything else differs.
     """
-    for key in ("model", "versions", "settings"):
+    for key in ("model", "versions", "machine", "settings"):
         if old[key] != new[key]:
             raise ValueError(f"{key} differ: {old[key]} was measured, now {new[key]}; measure everything again")
     rows = {(row.get("condition"), row["method"]): row for row in (*old["rows"], *new["rows"])}

@@ -14,6 +14,11 @@ def insert(readme: str, name: str, text: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}\n\n{text}\n\n{found[2]}", readme)
 
 
+def spread(ratios: list[float]) -> str:
+    """'0.14x to 0.20x': the least and the largest, '-' where there is none."""
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x" if ratios else "-"
+
+
 def publish(name: str, text: str) -> None:
     """Writes the table `name` into the README."""
     path = ROOT / "README.md"

@@ -36,21 +36,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(fused, "measure_roofline", lambda *given: timing.Roofline(1e10, 1e12, 5e11))
 
 
-@pytest.fixture
-def replace(monkeypatch):
-    """Puts another function in the place of an implementation, for the dispatcher as well."""
-
-    def put(module, name, function):
-        monkeypatch.setattr(module, name, function)
-        backends.load.cache_clear()
-        dispatch.reset()
-
-    yield put
-    monkeypatch.undo()
-    backends.load.cache_clear()
-    dispatch.reset()
-
-
 def place(op, model="PixArt"):
     return fused.Place(op, model, "fc1", K)
 

@@ -36,21 +36,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(kernels, "measure_roofline", lambda *given: timing.Roofline(1e10, 1e12, 5e11))
 
 
-@pytest.fixture
-def replace(monkeypatch):
-    """Puts another function in the place of an implementation, for the dispatcher as well."""
-
-    def put(module, name, function):
-        monkeypatch.setattr(module, name, function)
-        backends.load.cache_clear()
-        dispatch.reset()
-
-    yield put
-    monkeypatch.undo()
-    backends.load.cache_clear()
-    dispatch.reset()
-
-
 def written(folder, *options):
     status = kernels.main(["--device", "cpu", "--quick", "--out", str(folder / "k.json"), *options])
     return status, json.loads((folder / "k.json").read_text())

@@ -145,12 +145,11 @@ def test_methods_are_chosen_by_parts_of_their_names(quality):
 
 def test_an_update_replaces_rows_of_the_same_measurement_only(quality):
     def result(**rows):
-        return {"model": "m", "versions": {"torch": "1"}, "settings": {"steps": 28}} | {
-            "rows": [{"method": method, "velocity": velocity} for method, velocity in rows.items()]
-        }
+        same = {"model": "m", "versions": {"torch": "1"}, "machine": {"torch_threads": 1}, "settings": {"steps": 28}}
+        return same | {"rows": [{"method": method, "velocity": velocity} for method, velocity in rows.items()]}
 
     found = quality.updated(result(a=1, b=2), result(b=3, c=4))
     assert found == result(a=1, b=3, c=4)
-    for key, other in (("model", "n"), ("versions", {"torch": "2"}), ("settings", {"steps": 8})):
+    for key, other in (("model", "n"), ("versions", {"torch": "2"}), ("machine", {}), ("settings", {"steps": 8})):
         with pytest.raises(ValueError, match=f"{key} differ"):
             quality.updated(result(a=1) | {key: other}, result(b=3))
