@@ -12,7 +12,7 @@ MODELS = {
     "emoji_wan": "Wan layout",
     "emoji_outliers": "SD3, outliers",
     "emoji_drift": "SD3, outliers that drift",
-    "emoji_mean_drift": "SD3, drifting means alone (control)",
+    "emoji_mean_drift": "SD3, drifting means",
     "emoji_all_outliers": "SD3, all of these",
     "emoji_wan_outliers": "Wan, outliers",
 }
