@@ -6,7 +6,7 @@ Needs `pip install -e .[bench]`. The reference is full precision at one set of s
 full precision too: its distance is the floor, which the number of samples alone makes. Rows share their seeds, so how
 far they are above the floor is known better than the distances themselves.
 
-Calibrated as in quality.py. Prompts are the whole table, each as often as another to within one.
+Calibrated as in quality.py. Prompts are those that calibration never saw, each as often as another to within one.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def repeated(table: PromptTable, samples: int, first_seed: int) -> tuple[Prompts
 
     The first P samples are one of each.
     """
-    names = spread(list(table.prompts), min(len(table.prompts), samples // 2), "evaluation")
+    held_out = list(table.prompts[1::2])
+    names = spread(held_out, min(len(held_out), samples // 2), "evaluation")
     order = torch.arange(samples) % len(names)
     return prepare(table, [names[i] for i in order.tolist()], first_seed), order
 

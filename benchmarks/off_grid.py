@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 development prompts, 3 steps: does it run?")
     parser.add_argument("--prompts", type=int, default=6, help="evaluation prompts of the full run")
     parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
-    parser.add_argument("--only", default="", help="methods whose name contains one of these, with / between")
+    parser.add_argument(
+        "--only", default="", help="methods whose name contains one of these, or is one, as =W8A8; / between"
+    )
     parser.add_argument("--update", action="store_true", help="keep the other rows of --out")
     args = parser.parse_args()
     size = (2, 3, 4) if args.quick else (args.prompts, 28, 96)

@@ -24,12 +24,12 @@ def table(results: dict[str, dict]) -> str:
     first = next(iter(results.values()))
     settings, versions = first["settings"], first["versions"]
     blocks.append(
-        f"{settings['samples']} samples of each method, of all {settings['prompts']} prompts (calibration's among "
-        f"them, from other noise), {settings['steps']} Euler steps, guidance {settings['cfg']:g}, against as many of "
-        "full precision from other noise: full precision's own distance is the floor that this number of samples "
-        "makes. The next two columns are what rounding adds to it, with 95 % intervals over prompts; an interval "
-        "around 0 is no difference seen. Perceptual distance: to full precision from the same noise, LPIPS's formula "
-        "with unit weights; in brackets against native int8 + ConvRot at 8 bits, native asym_w4a8_int8 at 4. "
+        f"{settings['samples']} samples of each method, of {settings['prompts']} prompts that calibration never saw, "
+        f"{settings['steps']} Euler steps, guidance {settings['cfg']:g}, against as many of full precision from other "
+        "noise: full precision's own distance is the floor that this number of samples makes. The next two columns "
+        "are what rounding adds to it, with 95 % intervals over prompts; an interval around 0 is no difference seen. "
+        "Perceptual distance: to full precision from the same noise, LPIPS's formula with unit weights; in brackets "
+        "against native int8 + ConvRot at 8 bits, native asym_w4a8_int8 at 4. "
         f"Features: {settings['feature_network']}, in place of Inception and AlexNet, so that figures compare with "
         f"each other only. torch {versions['torch']}, comfy-kitchen {versions['comfy-kitchen']}, CPU; all of it in "
         "`benchmarks/results/frechet_*.json`."

@@ -226,8 +226,8 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
 
 def wanted(method: str, only: str) -> bool:
-    """Whether the method is one of `only`, names or parts of names with "/" between them; empty: every one is."""
-    return any(part in method for part in only.split("/"))
+    """Whether the method is one of `only`: parts of names, or "=" and a name, with "/" between; empty: every one is."""
+    return any(part in method or part == f"={method}" for part in only.split("/"))
 
 
 def is_ablation(method: str) -> bool:
@@ -387,7 +387,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="4 prompts, 8 steps: does it run?")
     parser.add_argument("--final", action="store_true", help="the second evaluation set, for the published table only")
-    parser.add_argument("--only", default="", help="methods whose name contains one of these, with / between")
+    parser.add_argument(
+        "--only", default="", help="methods whose name contains one of these, or is one, as =W8A8; / between"
+    )
     parser.add_argument("--update", action="store_true", help="keep the other rows of --out")
     parser.add_argument("--no-ablations", action="store_true", help="presets and rivals only")
     parser.add_argument("--calibration-prompts", type=int, help="default 96; 4 with --quick")

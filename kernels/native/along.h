@@ -12,8 +12,8 @@
 // rows whose coordinates are found at a time, so that the duals are loaded once for them: as many as registers hold
 #define TOGETHER 6
 
-// rank directions V [padded, K], filled up with zeros, the last SUMS of them as the rotation has x; duals V / s²
-// [padded, K]; origin z · duals [rank]
+// rank directions V [padded, K], filled up with zeros, as the rotation has x; duals V / s² [padded, K]; origin
+// z · duals [rank]
 typedef struct {
     int64_t K, rank, padded;
     float *V, *duals, origin[MOST_DIRECTIONS];
@@ -38,27 +38,32 @@ INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, 
             sum = _mm512_fmadd_ps(v, load_floats(shift + k, mask), sum);
         }
         if (r < rank) d.origin[r] = _mm512_reduce_add_ps(sum);
-        if (order >= 64 && r >= d.padded - SUMS) swap_table(d.V + r * K, K, d.V + r * K);
+        if (order >= 64) swap_table(d.V + r * K, K, d.V + r * K);
     }
     return d;
 }
 
 // lanes `at` and following of rows that share what they are multiplied by: SUMS duals
-INLINE void add_products(const char *const *rows, int dtype, int64_t ahead, const float *dual, int64_t K, int64_t at,
-                         __mmask16 mask, __m512 sum[][SUMS]) {
+INLINE void add_products(const char *const *rows, int dtype, const float *dual, int64_t K, int64_t at, __mmask16 mask,
+                         __m512 sum[][SUMS]) {
     __m512 v[TOGETHER];
 #pragma GCC unroll 6
-    for (int i = 0; i < TOGETHER; i++) {
-        v[i] = load_lanes(rows[i], dtype, at, mask);
-        // the next rows come from memory meanwhile
-        _mm_prefetch(rows[i] + at * width(dtype) + ahead, _MM_HINT_T0);
-    }
+    for (int i = 0; i < TOGETHER; i++) v[i] = load_lanes(rows[i], dtype, at, mask);
 #pragma GCC unroll 4
     for (int r = 0; r < SUMS; r++) {
         __m512 factor = load_floats(dual + r * K + at, mask);
 #pragma GCC unroll 6
         for (int i = 0; i < TOGETHER; i++) sum[i][r] = _mm512_fmadd_ps(v[i], factor, sum[i][r]);
     }
+}
+
+// of the lanes of each of four registers
+INLINE __m128 sums_of(const __m512 *v) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    __m512 quarters = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+    __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
 // bf16 coordinates [count, rank] of up to TOGETHER rows
@@ -76,35 +81,28 @@ INLINE void find_coordinates(const Directions *d, const void *x, int dtype, int6
             for (int r = 0; r < SUMS; r++) sum[i][r] = _mm512_setzero_ps();
         const float *dual = d->duals + first * K;
         int64_t at = 0;
-        for (; at + LANES <= K; at += LANES) add_products(rows, dtype, TOGETHER * step, dual, K, at, ALL, sum);
-        if (at < K) add_products(rows, dtype, TOGETHER * step, dual, K, at, first_lanes(K - at), sum);
-        for (int i = 0; i < TOGETHER; i++)
-            for (int r = 0; r < SUMS && first + r < d->rank; r++)
-                p[i][first + r] = _mm512_reduce_add_ps(sum[i][r]) - d->origin[first + r];
+        for (; at + LANES <= K; at += LANES) add_products(rows, dtype, dual, K, at, ALL, sum);
+        if (at < K) add_products(rows, dtype, dual, K, at, first_lanes(K - at), sum);
+        __m128 origin = _mm_loadu_ps(d->origin + first);
+#pragma GCC unroll 6
+        for (int i = 0; i < TOGETHER; i++) _mm_storeu_ps(p[i] + first, _mm_sub_ps(sums_of(sum[i]), origin));
     }
     __mmask16 mask = first_lanes(d->rank);
     for (int64_t i = 0; i < count; i++)
         _mm256_mask_storeu_epi16(coordinates + i * d->rank, mask, bf16_lanes(_mm512_maskz_loadu_ps(mask, p[i])));
 }
 
-// v less SUMS directions, of which `V` points to the first. Fused: p V is exact, see kernels/directions.py.
-INLINE __m512 less(__m512 v, const __m512 *p, const float *V, int64_t K, int64_t at, __mmask16 mask) {
-#pragma GCC unroll 4
-    for (int r = 0; r < SUMS; r++) v = _mm512_fnmadd_ps(p[r], load_floats(V + r * K + at, mask), v);
-    return v;
-}
-
-// x - z, less SUMS directions -> out
-INLINE void take_off(const Directions *d, const void *x, int dtype, const float *shift, const float *V, const float *p,
-                     float *out) {
-    const int64_t K = d->K;
+// `count` registers of a row less SUMS directions, the first of which continues at `V`. Fused: p V is exact, see
+// kernels/directions.py.
+INLINE void less(__m512 *v, const int count, const float *p, const float *V, int64_t K, __mmask16 mask) {
     __m512 lanes[SUMS];
+#pragma GCC unroll 4
     for (int r = 0; r < SUMS; r++) lanes[r] = _mm512_set1_ps(p[r]);
-    for (int64_t at = 0; at < K; at += LANES) {
-        __mmask16 mask = first_lanes(K - at);
-        __m512 v = _mm512_sub_ps(load_lanes(x, dtype, at, mask), load_floats(shift + at, mask));
-        store_lanes(out, FP32, at, mask, less(v, lanes, V, K, at, mask));
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < SUMS; r++)
+            v[i] = _mm512_fnmadd_ps(lanes[r], load_floats(V + r * K + i * LANES, mask), v[i]);
 }
 
 #endif

@@ -8,7 +8,7 @@
 // rows that a thread takes at a time: a multiple of TOGETHER and of PAIR
 #define PORTION 12
 // that are transformed in turns: the tables come from the first cache, and so do the rows, which more would push out
-#define PAIR 2
+#define PAIR 3
 // registers of a row that are transformed together, where the order allows it
 #define MOST_REGISTERS 12
 
@@ -16,8 +16,8 @@ typedef struct {
     const void *x;
     int dtype, order, symmetric;
     int64_t M, K, stride;
-    // 0; z; z and 1 / s as the rotation has x
-    const float *zeros, *shift, *offset, *factor;
+    // z and 1 / s as the rotation has x
+    const float *offset, *factor;
     Directions along;
     // bf16 [M, rank], given or to be found
     uint16_t *coordinates;
@@ -28,36 +28,40 @@ typedef struct {
     Team team;
 } Quantizer;
 
-// a row of x, or what is left of it; how many bytes the next one lies behind it; shift and SUMS directions still to be
-// taken off, and the row's coordinates along these; what it is multiplied by. Tables as the rotation has x.
+// a row of x; how many bytes the one that is transformed next lies behind it; the shift; directions V [rank, K] and the
+// row's coordinates p along these; what it is multiplied by. Tables as the rotation has x.
 typedef struct {
     const void *x;
-    int64_t K, next;
+    int64_t K, next, rank;
     const float *offset, *V, *p, *factor;
 } Row;
 
 // x -> ((x - z - p V) / s) H of `count` registers of a row: whole blocks, or one register, masked
 INLINE void transform(const Row *row, int dtype, const int order, const int along, int64_t start, const int count,
                       __mmask16 mask, const int measured, Range *range, float *out) {
-    __m512 v[16], p[SUMS];
+    __m512 v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++)
         if (order < 64)
             v[i] = load_lanes(row->x, dtype, start + i * LANES, mask);
         else if (i % 4 == 0)
             load_swapped(row->x, dtype, start + i * LANES, v + i);
-    if (along)
-#pragma GCC unroll 4
-        for (int r = 0; r < SUMS; r++) p[r] = _mm512_set1_ps(row->p[r]);
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++) {
         int64_t at = start + i * LANES;
-        // the next row comes from memory meanwhile
-        if (!along) _mm_prefetch((const char *)row->x + row->next + at * width(dtype), _MM_HINT_T0);
+        // the next rows come from memory meanwhile; narrow ones are fetched soon enough without
+        const char *next = (const char *)row->x + row->next + at * width(dtype);
+        if (!along)
+            _mm_prefetch(next, _MM_HINT_T0);
+        else if (dtype == FP32)
+            _mm_prefetch(next, _MM_HINT_T1);
         v[i] = _mm512_sub_ps(v[i], load_floats(row->offset + at, mask));
-        if (along) v[i] = less(v[i], p, row->V, row->K, at, mask);
-        v[i] = _mm512_mul_ps(v[i], load_floats(row->factor + at, mask));
     }
+    for (int64_t r = 0; along && r < row->rank; r += SUMS)
+        less(v, count, row->p + r, row->V + r * row->K + start, row->K, mask);
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i++)
+        v[i] = _mm512_mul_ps(v[i], load_floats(row->factor + start + i * LANES, mask));
     if (order >= 64)
         rotate_swapped(v, count, order);
     else
@@ -145,26 +149,11 @@ static void find_coordinates_of(const Quantizer *q, int64_t row, int64_t rows) {
     }
 }
 
-// all directions but the last SUMS are taken off in `buffer`, those in `p` by the transform
-static Row row_of(const Quantizer *q, int64_t at, float *p, float *buffer) {
+static Row row_of(const Quantizer *q, int64_t at, float *p) {
     const Directions *d = &q->along;
-    int64_t next = q->stride * width(q->dtype), r = 0;
-    Row row = {(const char *)q->x + at * next, q->K, next, q->offset, NULL, NULL, q->factor};
-    if (!d->rank) return row;
-    _mm512_storeu_ps(p, load_lanes(q->coordinates, BF16, at * d->rank, first_lanes(d->rank)));
-    for (; r + SUMS < d->padded; r += SUMS) {
-        const float *V = d->V + r * d->K;
-        const float *shift = r ? q->zeros : q->shift;
-        switch (r ? FP32 : q->dtype) {
-            case FP32: take_off(d, row.x, FP32, shift, V, p + r, buffer); break;
-            case BF16: take_off(d, row.x, BF16, shift, V, p + r, buffer); break;
-            default: take_off(d, row.x, FP16, shift, V, p + r, buffer);
-        }
-        row = (Row){buffer, q->K, 0, q->zeros, NULL, NULL, q->factor};
-    }
-    row.V = d->V + r * d->K;
-    row.p = p + r;
-    return row;
+    const int64_t step = q->stride * width(q->dtype), ahead = d->rank ? TOGETHER : 1;
+    if (d->rank) _mm512_storeu_ps(p, load_lanes(q->coordinates, BF16, at * d->rank, first_lanes(d->rank)));
+    return (Row){(const char *)q->x + at * step, q->K, ahead * step, d->padded, q->offset, d->V, p, q->factor};
 }
 
 static void encode_row(const float *v, int64_t K, float scale, float zero, int within, int order, int8_t *codes) {
@@ -186,7 +175,7 @@ static void quantize_rows(Quantizer *q, transform_t transform, int64_t at, int64
     Row rows[PAIR];
     Range ranges[PAIR];
     for (int64_t i = 0; i < count; i++) {
-        rows[i] = row_of(q, at + i, p[i], buffer + i * q->K);
+        rows[i] = row_of(q, at + i, p[i]);
         ranges[i] = no_range();
     }
     transform(rows, count, !q->fixed_scale, ranges, buffer);
@@ -209,7 +198,7 @@ static void work(void *data) {
     Quantizer *q = data;
     float *buffer = q->buffers + q->team.number() * PAIR * q->K;
     int64_t own = own_share(&q->team), shares = q->team.shares, taken;
-    transform_t transform = transform_for(q->along.rank > SUMS ? FP32 : q->dtype, q->order, q->along.rank > 0);
+    transform_t transform = transform_for(q->dtype, q->order, q->along.rank > 0);
     for (int64_t share = own; share < own + shares; share++) {
         int64_t first = q->M * (share % shares) / shares, end = q->M * (share % shares + 1) / shares;
         while ((taken = first + take(&q->team, share % shares, PORTION)) < end)
@@ -242,7 +231,7 @@ void quantize_activation(parallel_t parallel, number_t number, unsigned threads,
     const float *offset = order < 64 ? shift : swap_table(shift, K, tables);
     const float *factor = order < 64 ? inverse : swap_table(inverse, K, tables + K);
     Quantizer q = {.x = x, .dtype = dtype, .order = order, .symmetric = symmetric, .M = M, .K = K, .stride = stride,
-                   .zeros = zeros, .shift = shift, .offset = offset, .factor = factor, .coordinates = coordinates,
+                   .offset = offset, .factor = factor, .coordinates = coordinates,
                    .find = find,
                    .along = directions_of(directions, rank, K, inverse, shift, order, tables + 2 * K),
                    .fixed_scale = fixed_scale, .fixed_zero = fixed_zero, .codes = codes, .scale = scale, .zero = zero,

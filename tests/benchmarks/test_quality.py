@@ -141,6 +141,7 @@ def test_methods_are_chosen_by_parts_of_their_names(quality):
     names = ("native int8", "native int8 + ConvRot", "W8A8", "W8A8 static", "W4A8")
     assert [name for name in names if quality.wanted(name, "")] == list(names)
     assert [name for name in names if quality.wanted(name, "static/ConvRot")] == [names[1], names[3]]
+    assert [name for name in names if quality.wanted(name, "=W8A8/=native int8")] == [names[0], names[2]]
 
 
 def test_an_update_replaces_rows_of_the_same_measurement_only(quality):
