@@ -9,6 +9,7 @@ from . import quantize_along as _along_folder  # noqa: F401
 from . import swiglu_quantize as _swiglu_folder  # noqa: F401
 from .fused_ops import adaln_quantize, gelu_quantize, swiglu_quantize
 from .int8_linear import int8_matmul
+from .layer import whole_layer
 from .ops import int4_linear, int8_linear, quantize_activation, quantize_along
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "quantize_activation",
     "quantize_along",
     "swiglu_quantize",
+    "whole_layer",
 ]

@@ -84,6 +84,13 @@ def run(key: Key, *args, **kwargs):
         return _run_next(key, error, args, kwargs)
 
 
+def backend_of(key: Key) -> str:
+    """The backend that `run` would call, as one that ran: the caller is about to call it."""
+    if key not in _ready:
+        _prepare(key)
+    return _ran[key].backend
+
+
 def cannot_launch(error: Exception) -> bool:
     """Whether an error says that a kernel could not be compiled or launched: no earlier work is at fault."""
     if isinstance(error, torch.OutOfMemoryError | getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import int4_linear, int8_linear, quantize_activation, quantize_along
+from ..kernels import int4_linear, int8_linear, quantize_activation, quantize_along, whole_layer
 from ..kernels.backends import AUTO, BACKENDS
 from ..kernels.numerics import decode_int4, pack_int4, rotate
 from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
@@ -107,6 +107,9 @@ def quant_linear(
     Products of K in integers; p, the coordinates of a token along the layer's directions V, where it has any.
     """
     rows, group = x.reshape(-1, x.shape[-1]), {"index": index, "fraction": fraction, "backend": backend}
+    y = whole_layer(rows, w.qdata, **quantizer(w), directions=w.directions, **product(w, bias), **group)
+    if y is not None:
+        return y.reshape(*x.shape[:-1], w.features[0])
     if w.directions is None:
         quantized, p = quantize_activation(rows, **quantizer(w), **group), None
     else:
@@ -129,6 +132,18 @@ def quantizer(w: QuantizedLinear) -> dict[str, Any]:
     }
 
 
+def product(w: QuantizedLinear, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """What the products take from it, by keyword, but its codes; levels with 4 bits only."""
+    levels = {} if w.levels is None else {"levels": w.levels}
+    return {
+        "column_scale": w.scale,
+        "column_sum": w.column_sum,
+        "bias": bias,
+        "correction": w.correction,
+        "responses": w.responses,
+    } | levels
+
+
 def multiply(
     quantized: tuple[Tensor, Tensor, Tensor | None],
     w: QuantizedLinear,
@@ -141,23 +156,10 @@ def multiply(
 ) -> Tensor:
     """codes [M, K], scale, zero of a quantizer, and the coordinates p [M, R] that it left out -> [M, N] dtype."""
     codes, row_scale, row_zero = quantized
-    epilogue = {
-        "row_scale": row_scale,
-        "column_scale": w.scale,
-        "row_zero": row_zero,
-        "column_sum": w.column_sum,
-        "bias": bias,
-        "correction": w.correction,
-        "coordinates": p,
-        "responses": w.responses,
-        "index": index,
-        "fraction": fraction,
-        "dtype": dtype,
-        "backend": backend,
-    }
-    if w.levels is None:
-        return int8_linear(codes, w.qdata, **epilogue)
-    return int4_linear(codes, w.qdata, levels=w.levels, **epilogue)
+    linear = int8_linear if w.levels is None else int4_linear
+    tokens = {"row_scale": row_scale, "row_zero": row_zero, "coordinates": p}
+    group = {"index": index, "fraction": fraction, "backend": backend}
+    return linear(codes, w.qdata, **tokens, **product(w, bias), **group, dtype=dtype)
 
 
 def codes_of(w: QuantizedLinear) -> Tensor:

@@ -1,5 +1,7 @@
 """int8 x int8 product in C: AVX-512 VNNI, its epilogue on the accumulators while they are in registers."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,55 +39,93 @@ def int8_linear(
     if isinstance(native, str):
         raise RuntimeError(native)
     (M, K), N = a.shape, len(w)
-    check_codes(a, w, levels)
+    if a.dtype is not torch.int8:
+        raise ValueError(f"codes are int8, got {a.dtype}")
     if row_zero is not None and column_sum is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
-    c = None if correction is None else table_row(correction, index, fraction)
-    a, w = a.contiguous(), w.contiguous()
-    levels = None if levels is None else levels.contiguous()
-    table = vector("table", table, 16, torch.int8)
+    weight = weight_of(w, K, index, fraction, levels, table, column_scale, column_sum, bias, correction, responses)
+    check(coordinates, responses, M, N)
+    a, p = a.contiguous(), None if coordinates is None else coordinates.contiguous()
     row_scale_, row_zero = (
         vector(name, values, M, torch.float32) for name, values in (("row_scale", row_scale), ("row_zero", row_zero))
     )
-    scale_, bias, c = (
-        vector(name, values, N, torch.float32)
-        for name, values in (("column_scale", column_scale), ("bias", bias), ("correction", c))
-    )
-    column_sum = vector("column_sum", column_sum, N, torch.int32)
-    check(coordinates, responses, M, N)
-    p, B = (None if v is None else v.contiguous() for v in (coordinates, responses))
     y = torch.empty(M, N, dtype=dtype)
     native.linear(
         address(a),
-        address(w),
-        address(levels),
-        address(table),
+        address(weight.w),
+        address(weight.levels),
+        address(weight.table),
         M,
         N,
         K,
-        0 if levels is None else levels.shape[1],
+        weight.groups,
         address(row_scale_),
         address(row_zero),
-        address(scale_),
-        address(column_sum),
-        address(bias),
-        address(c),
-        0 if p is None else p.shape[1],
+        address(weight.scale),
+        address(weight.sums),
+        address(weight.bias),
+        address(weight.correction),
+        weight.rank,
         address(p),
-        address(B),
+        address(weight.responses),
         address(y),
         library.DTYPES[dtype],
-        scratch(native.linear_buffer(M, N, K, 0 if p is None else p.shape[1], torch.get_num_threads())),
+        scratch(native.linear_buffer(M, N, K, weight.rank, torch.get_num_threads())),
     )
     return y
 
 
-def check_codes(a: Tensor, w: Tensor, levels: Tensor | None) -> None:
-    """Raises ValueError where C would read past the end of a weight."""
-    K, (N, stored) = a.shape[1], w.shape
-    if a.dtype is not torch.int8 or w.dtype is not (torch.int8 if levels is None else torch.uint8):
-        raise ValueError(f"codes are int8 and weights int8, or uint8 when packed; got {a.dtype} and {w.dtype}")
+class Weight(NamedTuple):
+    """What C takes of a product's weight: w [N, K] int8, or packed [N, K / 2] with levels [N, G]; table [16] int8;
+    scale, bias, correction [N] fp32, sums [N] int32, responses [R, N] fp16."""
+
+    w: Tensor
+    levels: Tensor | None
+    table: Tensor | None
+    scale: Tensor | None
+    sums: Tensor | None
+    bias: Tensor | None
+    correction: Tensor | None
+    responses: Tensor | None
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.levels is None else self.levels.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.responses is None else len(self.responses)
+
+
+def weight_of(
+    w: Tensor,
+    K: int,
+    index: Tensor,
+    fraction: Tensor,
+    levels: Tensor | None,
+    table: Tensor | None,
+    column_scale: Tensor,
+    column_sum: Tensor | None,
+    bias: Tensor | None,
+    correction: Tensor | None,
+    responses: Tensor | None,
+) -> Weight:
+    """Raises ValueError where C would read past the end of one of them."""
+    N, stored = w.shape
+    if w.dtype is not (torch.int8 if levels is None else torch.uint8):
+        raise ValueError(f"codes and weights int8, or weights uint8 when packed: got weights {w.dtype}")
     if stored != (K if levels is None else K // 2):
         raise ValueError(f"a weight of {stored} bytes a row does not fit tokens of K={K}")
     if levels is not None and (K % 2 or levels.dtype is not torch.uint8 or len(levels) != N or K % levels.shape[1]):
         raise ValueError(f"levels {tuple(levels.shape)} {levels.dtype} do not fit a weight of N={N}, K={K}")
+    c = None if correction is None else table_row(correction, index, fraction)
+    return Weight(
+        w.contiguous(),
+        None if levels is None else levels.contiguous(),
+        vector("table", table, 16, torch.int8),
+        vector("column_scale", column_scale, N, torch.float32),
+        vector("column_sum", column_sum, N, torch.int32),
+        vector("bias", bias, N, torch.float32),
+        vector("correction", c, N, torch.float32),
+        None if responses is None else responses.contiguous(),
+    )

@@ -44,8 +44,8 @@ INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, 
 }
 
 // lanes `at` and following of rows that share what they are multiplied by: SUMS duals
-INLINE void add_products(const char *const *rows, int dtype, const float *dual, int64_t K, int64_t at, __mmask16 mask,
-                         __m512 sum[][SUMS]) {
+INLINE void add_coordinates(const char *const *rows, int dtype, const float *dual, int64_t K, int64_t at,
+                            __mmask16 mask, __m512 sum[][SUMS]) {
     __m512 v[TOGETHER];
 #pragma GCC unroll 6
     for (int i = 0; i < TOGETHER; i++) v[i] = load_lanes(rows[i], dtype, at, mask);
@@ -81,8 +81,8 @@ INLINE void find_coordinates(const Directions *d, const void *x, int dtype, int6
             for (int r = 0; r < SUMS; r++) sum[i][r] = _mm512_setzero_ps();
         const float *dual = d->duals + first * K;
         int64_t at = 0;
-        for (; at + LANES <= K; at += LANES) add_products(rows, dtype, dual, K, at, ALL, sum);
-        if (at < K) add_products(rows, dtype, dual, K, at, first_lanes(K - at), sum);
+        for (; at + LANES <= K; at += LANES) add_coordinates(rows, dtype, dual, K, at, ALL, sum);
+        if (at < K) add_coordinates(rows, dtype, dual, K, at, first_lanes(K - at), sum);
         __m128 origin = _mm_loadu_ps(d->origin + first);
 #pragma GCC unroll 6
         for (int i = 0; i < TOGETHER; i++) _mm_storeu_ps(p[i] + first, _mm_sub_ps(sums_of(sum[i]), origin));

@@ -24,7 +24,7 @@ from ..user_cache import user_cache
 
 FOLDER = Path(__file__).parent
 SOURCES = ("quantizer.c", "product.c")
-HEADERS = ("along.h", "codes.h", "lanes.h", "rotation.h", "team.h")
+HEADERS = ("along.h", "codes.h", "lanes.h", "quantizer.h", "rotation.h", "team.h")
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
 OPTIONS = ("-O3", "-mtune=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
@@ -62,8 +62,30 @@ SIGNATURES = {
     # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; directions; y, dtype,
     # buffer
     "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, *DIRECTIONS, POINTER, INT, POINTER)),
+    # x, dtype, M, K, stride; offset, smooth; directions; order, symmetric; fixed range; w, levels, table; N, G; column
+    # scale and sum, bias, correction, responses; y; buffer
+    "layer": (
+        None,
+        (
+            *TEAM,
+            POINTER,
+            INT,
+            *[SIZE] * 3,
+            POINTER,
+            POINTER,
+            SIZE,
+            POINTER,
+            INT,
+            INT,
+            *[POINTER] * 5,
+            SIZE,
+            SIZE,
+            *[POINTER] * 7,
+        ),
+    ),
     "quantizer_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
     "linear_buffer": (SIZE, (SIZE, SIZE, SIZE, SIZE, ctypes.c_uint)),
+    "layer_buffer": (SIZE, (SIZE, SIZE, SIZE, SIZE, ctypes.c_uint)),
 }
 # as numbered in lanes.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,12 +93,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of the C sources. The first two start a team of threads, which they take as first arguments."""
+    """The functions of the C sources. Those without a result start a team of threads, their first arguments."""
 
     quantize_activation: Callable[..., None]
     quantizer_buffer: Callable[[int, int, int], int]
     linear: Callable[..., None]
     linear_buffer: Callable[[int, int, int, int, int], int]
+    layer: Callable[..., None]
+    layer_buffer: Callable[[int, int, int, int, int], int]
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,6 +4,7 @@
 // at -128 times the sum of its weights, which leaves the exact sum of a w.
 
 #include "lanes.h"
+#include "quantizer.h"
 #include "team.h"
 
 #include <string.h>
@@ -26,7 +27,10 @@
 #define HUGE_PAGE 2097152
 
 typedef struct {
+    // codes [M, K], or what makes them of x on their way into the tiles, and room for those of a tile for each thread
     const int8_t *a;
+    const Quantizer *quantizer;
+    int8_t *own;
     const uint8_t *w;
     const uint8_t *levels;
     const int8_t *table;
@@ -264,6 +268,15 @@ static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, 
 // the tiles of a part: from this one to that of the next part
 INLINE int64_t part_start(const Product *p, int64_t part) { return p->count * part / p->team.shares; }
 
+// of tokens m and following
+INLINE const int8_t *codes_of(const Product *p, int64_t m) {
+    if (!p->quantizer) return p->a + m * p->K;
+    int thread = p->team.number();
+    int8_t *codes = p->own + thread * TILE_M * p->K;
+    quantize_portion(p->quantizer, m, MIN(m + TILE_M, p->M), thread, codes);
+    return codes;
+}
+
 static void pack_tiles(void *data) {
     Product *p = data;
     int64_t own = own_share(&p->team), t;
@@ -272,7 +285,7 @@ static void pack_tiles(void *data) {
         while ((t = take(&p->team, at, 1)) < count) {
             int64_t m = (p->tile + start + t) * TILE_M;
             uint8_t *tile = p->tokens + (start + t) * tile_size(p->K, p->rank);
-            pack_tile(p->a + m * p->K, p->M - m, p->K, tile);
+            pack_tile(codes_of(p, m), p->M - m, p->K, tile);
             pack_terms(p, m, (float *)(tile + codes_size(p->K)));
         }
     }
@@ -314,6 +327,37 @@ int64_t linear_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned th
     return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + rank * N * 4;
 }
 
+// responses [rank, N] fp16; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
+static void multiply_all(Product p, parallel_t parallel, number_t number, unsigned threads, const uint16_t *responses,
+                         uint8_t *buffer) {
+    int64_t most = chunk_tiles(p.M, p.K, p.rank), chunks = (tiles(p.M) + most - 1) / most;
+    int64_t nbytes = p.M * p.N * width(p.dtype);
+    p.tokens = buffer;
+    p.panels = buffer + most * tile_size(p.K, p.rank);
+    p.responses = (float *)(p.panels + threads * panel_size(p.K));
+    for (int64_t at = 0; at < p.rank * p.N; at += LANES) {
+        __mmask16 mask = first_lanes(p.rank * p.N - at);
+        store_lanes(p.responses, FP32, at, mask, load_lanes(responses, FP16, at, mask));
+    }
+    if (nbytes >= LARGE) {
+        // fresh memory: one page fault for 2 MiB in place of 512, which would cost a third of the product
+        uintptr_t start = ((uintptr_t)p.y + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        uintptr_t stop = ((uintptr_t)p.y + nbytes) / HUGE_PAGE * HUGE_PAGE;
+        if (stop > start) madvise((void *)start, stop - start, MADV_HUGEPAGE);
+    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        p.tile = tiles(p.M) * chunk / chunks;
+        p.count = tiles(p.M) * (chunk + 1) / chunks - p.tile;
+        p.team = team(parallel, number, threads, p.count / PART_TILES);
+        int64_t sharing = sharers(&p.team), last = threads > 1 ? MIN(panels(p.N), LAST_PANELS * sharing) : 0;
+        p.whole = panels(p.N) - last;
+        p.pieces = 1;
+        while (p.pieces * 2 * p.team.shares <= p.count && last * p.pieces < LAST_PIECES * sharing) p.pieces *= 2;
+        run(&p.team, pack_tiles, &p);
+        run(&p.team, multiply_panels, &p);
+    }
+}
+
 // a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
 // column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; coordinates [M, rank]
 // bf16, responses [rank, N] fp16; y [M, N]; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
@@ -326,29 +370,37 @@ void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t
                  .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
                  .correction = correction, .column_sum = column_sum, .rank = rank, .coordinates = coordinates, .y = y,
                  .dtype = dtype};
-    int64_t most = chunk_tiles(M, K, rank), chunks = (tiles(M) + most - 1) / most, nbytes = M * N * width(dtype);
-    p.tokens = buffer;
-    p.panels = buffer + most * tile_size(K, rank);
-    p.responses = (float *)(p.panels + threads * panel_size(K));
-    for (int64_t at = 0; at < rank * N; at += LANES) {
-        __mmask16 mask = first_lanes(rank * N - at);
-        store_lanes(p.responses, FP32, at, mask, load_lanes(responses, FP16, at, mask));
+    multiply_all(p, parallel, number, threads, responses, buffer);
+}
+
+// bytes of scratch memory
+int64_t layer_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned threads) {
+    return linear_buffer(M, N, K, rank, threads) + quantizer_buffer(K, rank, threads) + threads * TILE_M * K +
+           M * (2 * 4 + rank * 2) + 64;
+}
+
+// quantize_activation, or with directions quantize_along, and `linear` of its codes, which are never in memory as a
+// whole: the same bits. x [M, K], its rows `stride` apart; the tables as there; y [M, N] of the type of x;
+// buffer [layer_buffer(M, N, K, rank, threads)], aligned to 64 bytes
+void layer(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M, int64_t K,
+           int64_t stride, const float *shift, const float *smooth, int64_t rank, const uint16_t *directions, int order,
+           int symmetric, const float *fixed_scale, const float *fixed_zero, const uint8_t *w, const uint8_t *levels,
+           const int8_t *table, int64_t N, int64_t G, const float *column_scale, const int32_t *column_sum,
+           const float *bias, const float *correction, const uint16_t *responses, void *y, uint8_t *buffer) {
+    uint8_t *room = buffer + (linear_buffer(M, N, K, rank, threads) + 63) / 64 * 64;
+    float *tables = (float *)room, *scale = tables + quantizer_buffer(K, rank, threads) / 4, *zero = scale + M;
+    uint16_t *coordinates = (uint16_t *)(zero + M);
+    int zeros = fixed_scale ? fixed_zero != NULL : !symmetric;
+    for (int64_t m = 0; fixed_scale && m < M; m++) {
+        scale[m] = *fixed_scale;
+        zero[m] = fixed_zero ? *fixed_zero : 0.0f;
     }
-    if (nbytes >= LARGE) {
-        // fresh memory: one page fault for 2 MiB in place of 512, which would cost a third of the product
-        uintptr_t start = ((uintptr_t)y + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        uintptr_t stop = ((uintptr_t)y + nbytes) / HUGE_PAGE * HUGE_PAGE;
-        if (stop > start) madvise((void *)start, stop - start, MADV_HUGEPAGE);
-    }
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        p.tile = tiles(M) * chunk / chunks;
-        p.count = tiles(M) * (chunk + 1) / chunks - p.tile;
-        p.team = team(parallel, number, threads, p.count / PART_TILES);
-        int64_t sharing = sharers(&p.team), last = threads > 1 ? MIN(panels(N), LAST_PANELS * sharing) : 0;
-        p.whole = panels(N) - last;
-        p.pieces = 1;
-        while (p.pieces * 2 * p.team.shares <= p.count && last * p.pieces < LAST_PIECES * sharing) p.pieces *= 2;
-        run(&p.team, pack_tiles, &p);
-        run(&p.team, multiply_panels, &p);
-    }
+    Quantizer quantizer = quantizer_of(threads, x, dtype, M, K, stride, shift, smooth, rank, rank > 0, coordinates,
+                                       directions, order, symmetric, fixed_scale, fixed_zero, scale,
+                                       zeros ? zero : NULL, tables);
+    Product p = {.quantizer = &quantizer, .own = (int8_t *)(coordinates + M * rank), .w = w, .levels = levels,
+                 .table = table, .M = M, .N = N, .K = K, .G = G, .row_scale = scale, .row_zero = zeros ? zero : NULL,
+                 .column_scale = column_scale, .bias = bias, .correction = correction, .column_sum = column_sum,
+                 .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
+    multiply_all(p, parallel, number, threads, responses, buffer);
 }

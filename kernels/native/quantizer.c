@@ -1,32 +1,22 @@
 // quantize_activation for CPUs with AVX-512. Bit-equal to kernels/quantize_activation/reference.py.
 
-#include "along.h"
+#include "quantizer.h"
 #include "codes.h"
 #include "rotation.h"
 #include "team.h"
 
-// rows that a thread takes at a time: a multiple of TOGETHER and of PAIR
-#define PORTION 12
-// that are transformed in turns: the tables come from the first cache, and so do the rows, which more would push out
+// rows that are transformed in turns: the tables come from the first cache, and so do the rows, which more would push
+// out
 #define PAIR 3
 // registers of a row that are transformed together, where the order allows it
 #define MOST_REGISTERS 12
 
+// all codes at once
 typedef struct {
-    const void *x;
-    int dtype, order, symmetric;
-    int64_t M, K, stride;
-    // z and 1 / s as the rotation has x
-    const float *offset, *factor;
-    Directions along;
-    // bf16 [M, rank], given or to be found
-    uint16_t *coordinates;
-    int find;
-    const float *fixed_scale, *fixed_zero;
+    Quantizer quantizer;
     int8_t *codes;
-    float *scale, *zero, *buffers;
     Team team;
-} Quantizer;
+} Codes;
 
 // a row of x; how many bytes the one that is transformed next lies behind it; the shift; directions V [rank, K] and the
 // row's coordinates p along these; what it is multiplied by. Tables as the rotation has x.
@@ -49,12 +39,12 @@ INLINE void transform(const Row *row, int dtype, const int order, const int alon
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++) {
         int64_t at = start + i * LANES;
-        // the next rows come from memory meanwhile; narrow ones are fetched soon enough without
+        // the next rows come from memory meanwhile, a cache line at a time
         const char *next = (const char *)row->x + row->next + at * width(dtype);
-        if (!along)
-            _mm_prefetch(next, _MM_HINT_T0);
-        else if (dtype == FP32)
+        if (along && i % (4 / width(dtype)) == 0)
             _mm_prefetch(next, _MM_HINT_T1);
+        else if (!along)
+            _mm_prefetch(next, _MM_HINT_T0);
         v[i] = _mm512_sub_ps(v[i], load_floats(row->offset + at, mask));
     }
     for (int64_t r = 0; along && r < row->rank; r += SUMS)
@@ -170,7 +160,8 @@ static void encode_row(const float *v, int64_t K, float scale, float zero, int w
 }
 
 // rows `at` and following, up to PAIR, their coordinates known
-static void quantize_rows(Quantizer *q, transform_t transform, int64_t at, int64_t count, float *buffer) {
+static void quantize_rows(const Quantizer *q, transform_t transform, int64_t at, int64_t count, float *buffer,
+                          int8_t *codes) {
     float p[PAIR][MOST_DIRECTIONS];
     Row rows[PAIR];
     Range ranges[PAIR];
@@ -190,38 +181,39 @@ static void quantize_rows(Quantizer *q, transform_t transform, int64_t at, int64
             q->scale[at + i] = scale;
             if (q->zero) q->zero[at + i] = zero;
         }
-        encode_row(buffer + i * q->K, q->K, scale, zero, within, q->order, q->codes + (at + i) * q->K);
+        encode_row(buffer + i * q->K, q->K, scale, zero, within, q->order, codes + i * q->K);
+    }
+}
+
+void quantize_portion(const Quantizer *q, int64_t at, int64_t end, int thread, int8_t *codes) {
+    float *buffer = q->buffers + thread * PAIR * q->K;
+    transform_t transform = transform_for(q->dtype, q->order, q->along.rank > 0);
+    for (int64_t row = at; row < end; row += PAIR) {
+        if (q->find && (row - at) % TOGETHER == 0) find_coordinates_of(q, row, MIN(TOGETHER, end - row));
+        quantize_rows(q, transform, row, MIN(PAIR, end - row), buffer, codes + (row - at) * q->K);
     }
 }
 
 static void work(void *data) {
-    Quantizer *q = data;
-    float *buffer = q->buffers + q->team.number() * PAIR * q->K;
-    int64_t own = own_share(&q->team), shares = q->team.shares, taken;
-    transform_t transform = transform_for(q->dtype, q->order, q->along.rank > 0);
+    Codes *all = data;
+    const Quantizer *q = &all->quantizer;
+    int thread = all->team.number();
+    int64_t own = own_share(&all->team), shares = all->team.shares, taken;
     for (int64_t share = own; share < own + shares; share++) {
         int64_t first = q->M * (share % shares) / shares, end = q->M * (share % shares + 1) / shares;
-        while ((taken = first + take(&q->team, share % shares, PORTION)) < end)
-            for (int64_t row = taken, last = MIN(taken + PORTION, end); row < last; row += PAIR) {
-                if (q->find && (row - taken) % TOGETHER == 0) find_coordinates_of(q, row, MIN(TOGETHER, last - row));
-                quantize_rows(q, transform, row, MIN(PAIR, last - row), buffer);
-            }
+        while ((taken = first + take(&all->team, share % shares, PORTION)) < end)
+            quantize_portion(q, taken, MIN(taken + PORTION, end), thread, all->codes + taken * q->K);
     }
 }
 
-// bytes of scratch memory
 int64_t quantizer_buffer(int64_t K, int64_t rank, unsigned threads) {
     return (threads * PAIR + 4 + 2 * padded_rank(rank)) * K * 4;
 }
 
-// x [M, K], its rows `stride` apart; shift, smooth [K] or null; coordinates [M, rank] bf16, read or found, directions
-// [rank, K] fp16; fixed_scale, fixed_zero [1]: a static range; codes [M, K]; scale, zero [M], zero null where symmetric
-// or static; buffer [quantizer_buffer(K, rank, threads)]
-void quantize_activation(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M,
-                         int64_t K, int64_t stride, const float *shift, const float *smooth, int64_t rank, int find,
-                         uint16_t *coordinates, const uint16_t *directions, int order, int symmetric,
-                         const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
-                         float *buffer) {
+Quantizer quantizer_of(unsigned threads, const void *x, int dtype, int64_t M, int64_t K, int64_t stride,
+                       const float *shift, const float *smooth, int64_t rank, int find, uint16_t *coordinates,
+                       const uint16_t *directions, int order, int symmetric, const float *fixed_scale,
+                       const float *fixed_zero, float *scale, float *zero, float *buffer) {
     float *zeros = buffer + threads * PAIR * K, *inverse = zeros + K, *tables = inverse + K;
     for (int64_t k = 0; k < K; k++) {
         zeros[k] = 0.0f;
@@ -230,11 +222,21 @@ void quantize_activation(parallel_t parallel, number_t number, unsigned threads,
     if (!shift) shift = zeros;
     const float *offset = order < 64 ? shift : swap_table(shift, K, tables);
     const float *factor = order < 64 ? inverse : swap_table(inverse, K, tables + K);
-    Quantizer q = {.x = x, .dtype = dtype, .order = order, .symmetric = symmetric, .M = M, .K = K, .stride = stride,
-                   .offset = offset, .factor = factor, .coordinates = coordinates,
-                   .find = find,
-                   .along = directions_of(directions, rank, K, inverse, shift, order, tables + 2 * K),
-                   .fixed_scale = fixed_scale, .fixed_zero = fixed_zero, .codes = codes, .scale = scale, .zero = zero,
-                   .buffers = buffer, .team = team(parallel, number, threads, M / PORTION)};
-    run(&q.team, work, &q);
+    return (Quantizer){.x = x, .dtype = dtype, .order = order, .symmetric = symmetric, .M = M, .K = K,
+                       .stride = stride, .offset = offset, .factor = factor,
+                       .along = directions_of(directions, rank, K, inverse, shift, order, tables + 2 * K),
+                       .coordinates = coordinates, .find = find, .fixed_scale = fixed_scale, .fixed_zero = fixed_zero,
+                       .scale = scale, .zero = zero, .buffers = buffer};
+}
+
+// as `quantizer_of`; codes [M, K]
+void quantize_activation(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M,
+                         int64_t K, int64_t stride, const float *shift, const float *smooth, int64_t rank, int find,
+                         uint16_t *coordinates, const uint16_t *directions, int order, int symmetric,
+                         const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
+                         float *buffer) {
+    Codes all = {.quantizer = quantizer_of(threads, x, dtype, M, K, stride, shift, smooth, rank, find, coordinates,
+                                           directions, order, symmetric, fixed_scale, fixed_zero, scale, zero, buffer),
+                 .codes = codes, .team = team(parallel, number, threads, M / PORTION)};
+    run(&all.team, work, &all);
 }

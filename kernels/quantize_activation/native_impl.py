@@ -1,5 +1,7 @@
 """Activation quantizer in C: one read of x, a row at a time in the first cache."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -57,46 +59,85 @@ def quantize_rows(
     if isinstance(native, str):
         raise RuntimeError(native)
     M, K = x.shape
-    if K % hadamard:
-        raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
-    smooth = vector("smooth", smooth, K, torch.float32)
+    tokens = tokens_of(x, index, fraction, shift, smooth, directions, hadamard, static_scale, static_zero)
     check(coordinates, directions, M, K)
-    p, V = (None if v is None else v.contiguous() for v in (coordinates, directions))
-    rank = 0 if V is None else len(V)
-    fixed_scale = fixed_zero = scale = zero = None
-    if static_scale is not None:
-        fixed_scale = table_row(static_scale[:, None], index, fraction).clone()
-        if static_zero is not None:
-            fixed_zero = table_row(static_zero[:, None], index, fraction).round()
-    else:
+    p = None if coordinates is None else coordinates.contiguous()
+    scale = zero = None
+    if tokens.fixed_scale is None:
         scale = torch.empty(M, 1)
         zero = None if symmetric else torch.empty(M, 1)
     codes = torch.empty(M, K, dtype=torch.int8)
     native.quantize_activation(
-        address(x),
+        address(tokens.x),
         library.DTYPES[x.dtype],
         M,
         K,
-        x.stride(0),
-        address(offset),
-        address(smooth),
-        rank,
+        tokens.x.stride(0),
+        address(tokens.shift),
+        address(tokens.smooth),
+        tokens.rank,
         int(find),
         address(p),
-        address(V),
+        address(tokens.directions),
         hadamard,
         int(symmetric),
-        address(fixed_scale),
-        address(fixed_zero),
+        address(tokens.fixed_scale),
+        address(tokens.fixed_zero),
         address(codes),
         address(scale),
         address(zero),
-        scratch(native.quantizer_buffer(K, rank, torch.get_num_threads())),
+        scratch(native.quantizer_buffer(K, tokens.rank, torch.get_num_threads())),
     )
-    if fixed_scale is not None:
-        return codes, fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)
+    if tokens.fixed_scale is not None:
+        fixed_zero = tokens.fixed_zero
+        return codes, tokens.fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)
     assert scale is not None
     return codes, scale, zero
+
+
+class Tokens(NamedTuple):
+    """What C takes of a quantizer's input: x [M, K], its rows contiguous; shift, smooth [K] fp32, directions [R, K]
+    fp16; fixed_scale, fixed_zero [1] fp32."""
+
+    x: Tensor
+    shift: Tensor | None
+    smooth: Tensor | None
+    directions: Tensor | None
+    fixed_scale: Tensor | None
+    fixed_zero: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.directions is None else len(self.directions)
+
+
+def tokens_of(
+    x: Tensor,
+    index: Tensor,
+    fraction: Tensor,
+    shift: Tensor | None,
+    smooth: Tensor | None,
+    directions: Tensor | None,
+    hadamard: int,
+    static_scale: Tensor | None,
+    static_zero: Tensor | None,
+) -> Tokens:
+    """Raises ValueError for a K that Hadamard blocks do not divide, and tables of another size."""
+    K = x.shape[1]
+    if K % hadamard:
+        raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
+    offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
+    fixed_scale = fixed_zero = None
+    if static_scale is not None:
+        # a copy: what an op returns must not be a part of what it was given
+        fixed_scale = table_row(static_scale[:, None], index, fraction).clone()
+        if static_zero is not None:
+            fixed_zero = table_row(static_zero[:, None], index, fraction).round()
+    return Tokens(
+        x if x.stride(1) == 1 else x.contiguous(),
+        offset,
+        vector("smooth", smooth, K, torch.float32),
+        None if directions is None else directions.contiguous(),
+        fixed_scale,
+        fixed_zero,
+    )
