@@ -285,7 +285,7 @@ static void pack_tiles(void *data) {
         while ((t = take(&p->team, at, 1)) < count) {
             int64_t m = (p->tile + start + t) * TILE_M;
             uint8_t *tile = p->tokens + (start + t) * tile_size(p->K, p->rank);
-            pack_tile(codes_of(p, m), p->M - m, p->K, tile);
+            pack_tile(codes_of(p, m), MIN(TILE_M, p->M - m), p->K, tile);
             pack_terms(p, m, (float *)(tile + codes_size(p->K)));
         }
     }
