@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .backends import AUTO
-from .dispatch import backend_of, bucket, cannot_launch
-from .ops import QUANTIZE_ACTIVATION
+from .dispatch import backend_of, cannot_launch
+from .ops import QUANTIZE_ACTIVATION, along_key, product_key
 from .quantizer_op import has_zero
 
 
@@ -37,14 +37,11 @@ def whole_layer(
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    (M, K), N = x.shape, len(w)
     if directions is None:
         first = QUANTIZE_ACTIVATION.key(x, x.shape, hadamard, symmetric, static_scale, static_zero, backend)
     else:
-        first = ("quantize_along", x.device, x.dtype, bucket(M), K, None, None, hadamard, symmetric, False, backend)
-    zeroless = not has_zero(symmetric, static_scale, static_zero)
-    op, group_size = ("int8_linear", None) if levels is None else ("int4_linear", K // levels.shape[1])
-    second = (op, x.device, x.dtype, bucket(M), K, N, group_size, 1, zeroless, False, backend)
+        first = along_key(x, hadamard, symmetric, backend)
+    second = product_key(x, w, levels, x.dtype, not has_zero(symmetric, static_scale, static_zero), backend)
     if backend_of(first) != "native" or backend_of(second) != "native":
         return None
     from .native.layer import layer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import AUTO
-from .dispatch import bucket, run
+from .dispatch import Key, bucket, run
 from .quantizer_op import QuantizerOp
 from .registration import register, schema
 
@@ -82,6 +82,19 @@ def quantize_activation(
     )
 
 
+def along_key(x: Tensor, hadamard: int, symmetric: bool, backend: str) -> Key:
+    """What the dispatcher chooses quantize_along by."""
+    M, K = x.shape
+    return "quantize_along", x.device, x.dtype, bucket(M), K, None, None, hadamard, symmetric, False, backend
+
+
+def product_key(a: Tensor, w: Tensor, levels: Tensor | None, dtype: torch.dtype, zeroless: bool, backend: str) -> Key:
+    """What the dispatcher chooses int8_linear by, or with levels int4_linear; a: [M, K], codes or what they are of."""
+    (M, K), N = a.shape, w.shape[0]
+    op, group_size = ("int8_linear", None) if levels is None else ("int4_linear", K // levels.shape[1])
+    return op, a.device, dtype, bucket(M), K, N, group_size, 1, zeroless, False, backend
+
+
 def quantize_along(
     x: Tensor,
     *,
@@ -100,9 +113,8 @@ def quantize_along(
             x, directions, index, fraction, shift, smooth, hadamard, symmetric, backend
         )
         return codes, scale, None if symmetric else zero, p
-    M, K = x.shape
     return run(
-        ("quantize_along", x.device, x.dtype, bucket(M), K, None, None, hadamard, symmetric, False, backend),
+        along_key(x, hadamard, symmetric, backend),
         x,
         directions=directions,
         index=index,
@@ -137,9 +149,8 @@ def int8_linear(
             a, w, row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction, coordinates,
             responses, dtype, backend,
         )  # fmt: skip
-    (M, K), N = a.shape, w.shape[0]
     return run(
-        ("int8_linear", a.device, dtype, bucket(M), K, N, None, 1, row_zero is None, False, backend),
+        product_key(a, w, None, dtype, row_zero is None, backend),
         a,
         w,
         row_scale=row_scale,
@@ -181,9 +192,8 @@ def int4_linear(
             a, packed, levels, table, row_scale, column_scale, index, fraction, row_zero, column_sum, bias, correction,
             coordinates, responses, dtype, backend,
         )  # fmt: skip
-    (M, K), (N, G) = a.shape, levels.shape
     return run(
-        ("int4_linear", a.device, dtype, bucket(M), K, N, K // G, 1, row_zero is None, False, backend),
+        product_key(a, packed, levels, dtype, row_zero is None, backend),
         a,
         packed,
         levels=levels,

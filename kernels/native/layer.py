@@ -6,6 +6,7 @@ from torch import Tensor
 from ..directions import check
 from ..int8_linear.native_impl import weight_of
 from ..quantize_activation.native_impl import tokens_of
+from ..quantizer_op import has_zero
 from . import library
 from .arguments import address
 from .scratch import scratch
@@ -38,8 +39,7 @@ def layer(
     (M, K), N = x.shape, len(w)
     tokens = tokens_of(x, index, fraction, shift, smooth, directions, hadamard, static_scale, static_zero)
     weight = weight_of(w, K, index, fraction, levels, None, column_scale, column_sum, bias, correction, responses)
-    zeros = not symmetric if tokens.fixed_scale is None else tokens.fixed_zero is not None
-    if zeros and weight.sums is None:
+    if has_zero(symmetric, static_scale, static_zero) and weight.sums is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
     # coordinates are found in C: only the tables can be wrong
     p = None if directions is None else torch.empty(M, tokens.rank, dtype=torch.bfloat16, device="meta")
