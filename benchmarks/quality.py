@@ -99,6 +99,7 @@ def ours() -> dict[str, QuantScheme]:
         "W8A8, Hadamard 64": w8.with_options(hadamard=64),
         "W8A8, symmetric tokens": w8.with_options(activations=ActivationArgs()),
         "W8A8, nearest": w8.with_options(weights=w8.weights.with_options(rounding=Rounding.NEAREST)),
+        "W8A8, GPTQ alone": w8.with_options(weights=w8.weights.with_options(rounding=Rounding.GPTQ)),
         "W8A8, no directions": w8.with_options(directions=0),
         "W8A8, 8 directions": w8.with_options(directions=8),
         "W8A8 fast": PRESETS["W8A8 fast"],
@@ -133,6 +134,7 @@ def ours() -> dict[str, QuantScheme]:
         "W4A8, asymmetric tokens": w4.with_options(activations=tokens),
         "W4A8, symmetric weights": w4.with_options(weights=grid.with_options(symmetric=True)),
         "W4A8, no level search": w4.with_options(weights=grid.with_options(search=False)),
+        "W4A8, GPTQ alone": w4.with_options(weights=grid.with_options(rounding=Rounding.GPTQ)),
         "W4A8, nearest": w4.with_options(weights=grid.with_options(rounding=Rounding.NEAREST)),
     }
 

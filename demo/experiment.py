@@ -14,6 +14,7 @@ from ..quant_core.architectures import FAMILIES, family_of, select_layers
 from ..quant_core.calibration import Calibration, finish
 from ..quant_core.collector import MAX_BINS, Collector
 from ..quant_core.convert import CannotQuantize, install, quantize_model
+from ..quant_core.curvature import CurvatureCollector
 from ..quant_core.fingerprint import tensor_fingerprint
 from ..quant_core.metrics import relative_l2
 from ..quant_core.report import QuantReport
@@ -86,7 +87,10 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def draw(
-    model: nn.Module, prompts: Prompts, sampling: Sampling, before_step: Callable[[float], None] | None = None
+    model: Callable[..., Tensor],
+    prompts: Prompts,
+    sampling: Sampling,
+    before_step: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Final latents [B, 16, h, w], in batches."""
     latents = []
@@ -128,14 +132,27 @@ def calibrate(
 ) -> tuple[Calibration, Tensor]:
     """Samples the prompts with hooked layers -> (Calibration, latents)."""
     layers, _ = quantizable(model)
-    features = {name: module.in_features for name, module in layers.items()}
     bins = min(sampling.steps, MAX_BINS)
-    collector = Collector(features, flow=True, covariance=covariance, max_bins=bins)
-    with collector.attached(layers):
-        latents = draw(model, prompts, sampling, before_step=collector.at)
+    inputs = Collector({n: m.in_features for n, m in layers.items()}, flow=True, covariance=covariance, max_bins=bins)
+    outputs = CurvatureCollector({n: m.out_features for n, m in layers.items()})
+    with inputs.attached(layers), outputs.attached(layers):
+        latents = draw(model if covariance is None else probed(model, outputs), prompts, sampling, inputs.at)
     fingerprints = {name: tensor_fingerprint(module.weight) for name, module in layers.items()}
-    settings = {"prompts": list(prompts.names), "steps": sampling.steps, "statistics_bytes": collector.nbytes}
-    return finish(collector, fingerprints, settings), latents
+    nbytes = inputs.nbytes + outputs.nbytes
+    settings = {"prompts": list(prompts.names), "steps": sampling.steps, "statistics_bytes": nbytes}
+    return finish(inputs, fingerprints, settings, curvature=outputs.moments), latents
+
+
+def probed(model: Callable[..., Tensor], curvature: CurvatureCollector) -> Callable[..., Tensor]:
+    """The model, some of whose calls also measure the curvature at its layers."""
+
+    def call(*args: Tensor) -> Tensor:
+        if not curvature.due():
+            return model(*args)
+        # clones made outside inference mode are ordinary tensors
+        return curvature.probe(lambda: model(*[value.clone() for value in args]))
+
+    return call
 
 
 def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:

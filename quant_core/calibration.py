@@ -22,7 +22,8 @@ class Calibration:
 
     fingerprints: identity of each layer's weight at calibration; silent: layers that never ran, with the
     reason; grouping: the partition chosen by Group Timesteps, or None until then; gains: how far an error at each
-    layer's output moves the final latent (see `sensitivity`), or None where that was not measured.
+    layer's output moves the final latent (see `sensitivity`), or None where that was not measured; curvature: diagonal
+    blocks [P, c, c] of what errors in a layer's output cost (see `curvature`), for the layers it was measured on, or None.
     """
 
     sigmas: tuple[float, ...]
@@ -33,6 +34,7 @@ class Calibration:
     settings: Mapping[str, object]
     grouping: Grouping | None = None
     gains: Mapping[str, float] | None = None
+    curvature: Mapping[str, torch.Tensor] | None = None
 
 
 def finish(
@@ -40,6 +42,7 @@ def finish(
     fingerprints: Mapping[str, str],
     settings: Mapping[str, object],
     further: Sequence[Collector] = (),
+    curvature: Mapping[str, torch.Tensor] | None = None,
 ) -> Calibration:
     """Collector -> Calibration; further: those of later passes, over the same sigmas. Empties the collectors.
 
@@ -51,7 +54,9 @@ def finish(
         layers, silent = layers | more, silent | quiet
     if not layers:
         raise ValueError("calibration recorded nothing: no quantizable layer ran while sampling")
-    return Calibration(sigmas, layers, dict(fingerprints), silent, collector.flow, dict(settings))
+    return Calibration(
+        sigmas, layers, dict(fingerprints), silent, collector.flow, dict(settings), curvature=curvature or None
+    )
 
 
 def save_progress(path: Path, collector: Collector, key: str, done: int) -> None:

@@ -10,7 +10,7 @@ from ..kernels.numerics import rotate
 from ..kernels.quantize_along.reference import dual
 from .architectures import Family, Role
 from .calibration import Calibration
-from .covariance import rotated, rounding_hessian
+from .covariance import rotated, rounding_hessian, scaled
 from .directions import find_directions, less
 from .fingerprint import tensor_fingerprint
 from .grouping import (
@@ -43,10 +43,11 @@ class CannotQuantize(ValueError):
 
 @dataclass(frozen=True)
 class LayerInput:
-    """Calibrated statistics of one layer with the sigmas they were taken at."""
+    """Calibrated statistics of one layer with the sigmas they were taken at, and its curvature where that is known."""
 
     sigmas: tuple[float, ...]
     statistics: LayerStatistics
+    curvature: Tensor | None = None
 
 
 def quantize_weight(
@@ -66,7 +67,7 @@ def quantize_weight(
     rows = [] if source is None else members(source.sigmas, groups)
     statistics = None if source is None else source.statistics
 
-    shift = scale = hessian = directions = None
+    shift = scale = hessian = curvature = directions = None
     notes = []
     if statistics is not None:
         shift = group_shift(statistics, rows, scheme.shift)
@@ -75,14 +76,17 @@ def quantize_weight(
         exact = None if shift is None else shift.double()
         scale = channel_scale(statistics, rows, exact, weight, scheme)
         scale = None if scale is None else half_if_exact(scale.float())
+        if scheme.directions or scheme.weights.rounding is not Rounding.NEAREST:
+            hessian = rounding_hessian(statistics, rows, exact, None, 1)
         if scheme.directions:
-            scale, directions, why_not = find_directions(statistics, rows, exact, scale, weight, scheme)
+            scale, directions, why_not = find_directions(hessian, scale, weight, scheme)
             notes += [why_not] if why_not else []
-        if scheme.weights.rounding is Rounding.GPTQ:
-            hessian = rounding_hessian(statistics, rows, exact, scale, 1)
-            hessian = None if hessian is None else rotated(less(hessian, directions, scale), hadamard)
+        if hessian is not None:
+            hessian = rotated(less(scaled(hessian, scale), directions, scale), hadamard)
+        if scheme.weights.rounding is Rounding.GUIDED:
+            curvature = None if source is None else source.curvature
     folded = fold_linear(weight, shift, scale, hadamard)
-    rounded = round_weight(folded.weight, scheme.weights, group_size, hessian)
+    rounded = round_weight(folded.weight, scheme.weights, group_size, hessian, curvature)
     correction = folded.correction
     static_scale = static_zero = None
     if statistics is not None:
@@ -259,7 +263,7 @@ def quantize_model(
         source = None
         if calibration is not None:
             check_calibration(calibration, name, weight)
-            source = LayerInput(calibration.sigmas, calibration.layers[name])
+            source = LayerInput(calibration.sigmas, calibration.layers[name], (calibration.curvature or {}).get(name))
         try:
             groups = layer_groups(name, own, calibration, shared[own])
             layers[name], report = quantize_weight(name, weight, plain, groups, source)

@@ -21,12 +21,14 @@ def rounding_hessian(
     width = H.shape[1]
     if shift is not None:
         share = statistics.count.double() / statistics.count.double().sum()
-        for g, members in enumerate(rows):
-            z = shift[g].double().unflatten(0, (-1, width))  # [B, b]
-            for t in members:
-                mean = statistics.mean[t].double().unflatten(0, (-1, width))
-                cross = torch.einsum("bi,bj->bij", mean, z)
-                H = H - share[t] * (cross + cross.transpose(1, 2) - torch.einsum("bi,bj->bij", z, z))
+        z = shift.double()
+        mean = torch.stack([share[members] @ statistics.mean[members].double() for members in rows])  # [T, K]
+        weight = torch.stack([share[members].sum() for members in rows])
+        # of a group: sum_t p_t (m_t zᵀ + z m_tᵀ - z zᵀ) = a zᵀ + z aᵀ with a = sum_t p_t (m_t - z / 2)
+        half = mean - weight[:, None] * z / 2
+        a, z = (table.unflatten(1, (-1, width)).permute(1, 2, 0) for table in (half, z))  # [B, b, T]
+        cross = a @ z.transpose(1, 2)
+        H = H - cross - cross.transpose(1, 2)
     H = rotated(scaled(H, scale), hadamard)
     return (H + H.transpose(1, 2)) / 2
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .covariance import rounding_hessian, scaled
-from .observers import LayerStatistics
+from .covariance import scaled
 from .schemes import QuantScheme, Scale
 from .shift_scale import balanced_scale
 
@@ -34,18 +33,13 @@ class Strongest:
 
 
 def find_directions(
-    statistics: LayerStatistics,
-    rows: list[list[int]],
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    scheme: QuantScheme,
+    covariance: Tensor | None, scale: Tensor | None, weight: Tensor, scheme: QuantScheme
 ) -> tuple[Tensor | None, Tensor | None, str]:
     """s [K], V [R, K] fp16 with V / s orthonormal, and "" or why there are none; s then stays as it was.
 
-    A balanced s is found anew for what the directions leave, and they for it, by turns. shift [T, K] float64.
+    A balanced s is found anew for what the directions leave, and they for it, by turns.
+    covariance: E[(x - z) (x - z)ᵀ] in diagonal blocks [B, b, b] float64 (`rounding_hessian`), or None where unknown.
     """
-    covariance = rounding_hessian(statistics, rows, shift, None, 1)
     if covariance is None:
         return scale, None, "no directions: calibrated without second moments; calibrate with more memory"
     count = min(scheme.directions, weight.shape[1] // LEAST_COLUMNS)
@@ -93,7 +87,7 @@ def less(hessian: Tensor, directions: Tensor | None, scale: Tensor | None) -> Te
         return hessian
     U = directions.double() if scale is None else directions.double() / scale.double()
     parts = U.to(hessian.device).unflatten(1, (hessian.shape[0], -1)).transpose(0, 1)  # [B, R, b]
-    # 1 - UᵀU on either side: no negative power, whatever fp16 took from V
-    project = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device) - parts.transpose(1, 2) @ parts
-    left = project @ hessian @ project.transpose(1, 2)
-    return (left + left.transpose(1, 2)) / 2
+    # (1 - UᵀU) H (1 - UᵀU): 1 - UᵀU on either side leaves no negative power, whatever fp16 took from V
+    seen = parts @ hessian  # [B, R, b]
+    cross = parts.transpose(1, 2) @ (seen - seen @ parts.transpose(1, 2) @ parts / 2)
+    return hessian - cross - cross.transpose(1, 2)

@@ -111,17 +111,18 @@ def fit_levels(
     importance: Tensor | None = None,
     shrink: tuple[float, ...] = SHRINK,
 ) -> tuple[Tensor, Tensor]:
-    """Searches the levels of each group: groups [N, G, g], scale [N, 1] -> multiplier, zero [N, G] fp32.
+    """Searches the levels of each group: groups [N, G, g], scale [N, 1] or [N, G] -> multiplier, zero [N, G] fp32.
 
     Minimizes the squared rounding error, weighted by importance [G, g] (in GPTQ what a column's error costs),
     over the step sizes next to min-max times each `shrink`, and both nearest zero points.
     """
     batch = max(1, SEARCH_BUDGET // (4 * len(shrink) * groups[:, 0].numel()))
+    scale = scale.expand(groups.shape[:2])
     parts = []
     for i in range(0, groups.shape[1], batch):
         part = slice(i, i + batch)
         weights = None if importance is None else importance[part]
-        parts.append(_fit_batch(groups[:, part], scale, symmetric, weights, shrink))
+        parts.append(_fit_batch(groups[:, part], scale[:, part], symmetric, weights, shrink))
     return torch.cat([m for m, _ in parts], dim=1), torch.cat([z for _, z in parts], dim=1)
 
 

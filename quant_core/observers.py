@@ -1,6 +1,7 @@
 """Streaming activation statistics of one layer over sigma."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from .schemes import hadamard_for
 
 # elements of an input that are worked on at a time: bounds the fp32 copy of a 16-bit input (64 MiB)
 CHUNK = 2**24
+# tokens of a call that its covariance is taken from, where there are twice as many: neighbours are much alike
+COVARIANCE_TOKENS = 512
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class NonFiniteActivation(ValueError):
@@ -94,7 +98,8 @@ def extent_of(x: Tensor, name: str, sigma: float) -> Extent:
         parts.append(torch.stack([low.float(), high.float(), total]).cpu())  # [3, K], the only wait for the device
     low, high, total = torch.stack(parts, dim=1)
     low, high = low.amin(dim=0), high.amax(dim=0)
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+    # a float64 sum of fp32 numbers is finite where all of them are
+    if not math.isfinite(float(low.sum(dtype=torch.float64) + high.sum(dtype=torch.float64))):
         raise NonFiniteActivation(
             f"{name}: the input holds NaN or infinity at sigma {sigma:.4g}; "
             "the full-precision model is already broken there, check its dtype or the LoRAs on it"
@@ -107,19 +112,38 @@ def panel_starts(block: int) -> range:
     return range(0, block, max(128, -(-block // 8)))
 
 
-def outer_mean(x: Tensor, block: int) -> list[Tensor]:
+def spread_tokens(count: int, seed: int) -> Tensor | slice:
+    """Which of `count` tokens a covariance is taken from: one of every few, at another place in each, or all."""
+    step = count // COVARIANCE_TOKENS
+    if step < 2:
+        return slice(None)
+    strata = torch.arange(count // step, dtype=torch.float64)
+    return (strata * step + ((strata + seed) * GOLDEN % 1 * step).floor()).long()
+
+
+def outer_mean(x: Tensor, block: int, mean: Tensor, seed: int = 0) -> list[Tensor]:
     """Mean of x xᵀ over the M tokens of x [M, K], in diagonal blocks: panels [B, c, b - i], rows i .. i + c of each.
 
-    A panel starts at the diagonal; what is left of it is known by symmetry. On the CPU: artists need the
-    GPU's memory for sampling.
+    mean [K] of all tokens. Of long inputs the covariance comes from some tokens (`spread_tokens`); with the mean of
+    all of them added it is still above mean meanᵀ. A panel starts at the diagonal; what is left of it is known by
+    symmetry. On the CPU: artists need the GPU's memory for sampling.
     """
     starts = panel_starts(block)
+    chosen = spread_tokens(x.shape[0], seed)
+    whole = isinstance(chosen, slice)
+    sample = x[chosen if whole else chosen.to(x.device)]
+    centre = torch.zeros((), device=x.device) if whole else sample.mean(dim=0, dtype=torch.float32)
     panels: list[Tensor] = []
-    for part in chunks(x):
-        blocks = part.float().unflatten(1, (-1, block)).permute(1, 0, 2)  # [B, M, b]
+    for part in chunks(sample):
+        blocks = (part.float() - centre).unflatten(1, (-1, block)).permute(1, 0, 2)  # [B, M, b]
         found = [blocks[:, :, i : i + starts.step].transpose(1, 2) @ blocks[:, :, i:] for i in starts]
         panels = [total.add_(new) for total, new in zip(panels, found, strict=True)] if panels else found
-    return [panel.mul_(1 / x.shape[0]).cpu() for panel in panels]
+    panels = [panel.mul_(1 / sample.shape[0]).cpu() for panel in panels]
+    if not whole:
+        m = mean.float().unflatten(0, (-1, block))  # [B, b]
+        for i, panel in zip(starts, panels, strict=True):
+            panel.addcmul_(m[:, i : i + starts.step, None], m[:, None, i:])
+    return panels
 
 
 class LayerObserver:
@@ -166,7 +190,8 @@ class LayerObserver:
         """What x [M, K] would add at bin `row`; x may change afterwards. Has no effect."""
         start = int(self.count[row]) if row < len(self.count) else 0
         keys, rows = self.sample.candidates(x, row, start, sigma)
-        return Observation(extent, None if self.block is None else outer_mean(x, self.block), keys, rows)
+        panels = None if self.block is None else outer_mean(x, self.block, extent.total / extent.count, start + row)
+        return Observation(extent, panels, keys, rows)
 
     def add(self, seen: Observation, row: int) -> None:
         """Counts an observation in."""

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from ..kernels.numerics import INT8_MAX, decode_int4, pack_int4, round_clamp
+from .feedback import Columns, Rows, Wave, feed_back, largest_divisor
 from .grid import SHRINK, Grid, Int4Grid, Int8Grid, channel_step, fit_levels, int4_grid, int8_grid, nearest_level
 from .schemes import Rounding, WeightArgs
 
 GPTQ_DAMP = 0.05
-# columns per batch: small enough that a rank-one update runs on one thread
-GPTQ_BLOCK = 32
+# a curvature comes from few probes; its small eigenvalues are the least known
+CURVATURE_DAMP = 0.2
+# columns per step where no group decides: many for rows that are on their own, few where rows wait for one another
+ALONE, COUPLED = 32, 4
 
 
 def round_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -19,25 +22,34 @@ def round_nearest(weight: Tensor, grid: Grid) -> Tensor:
     return grid.encode(weight.float(), 0)
 
 
-def gptq_int8(weight: Tensor, hessian: Tensor, grid: Int8Grid, damp: float = GPTQ_DAMP) -> Tensor:
+def gptq_int8(
+    weight: Tensor, hessian: Tensor, grid: Int8Grid, curvature: Tensor | None = None, damp: float = GPTQ_DAMP
+) -> Tensor:
     """weight [N, K], hessian [B, b, b] diagonal blocks of E[x̃ x̃ᵀ] -> codes [N, K] int8.
 
     GPTQ (arXiv 2210.17323): columns are rounded one by one, the error of each is spread over the
-    later ones through the inverse Hessian; most important column first.
+    later ones through the inverse Hessian; most important column first. With a curvature, diagonal blocks
+    [P, c, c] of E[g gᵀ] over gradients in the output, over later rows of its block too.
     """
+    rows = _rows(weight, curvature)
+    step = rows.arranged(grid.scale)[..., 0]  # [P, c]
+
+    def levels(target: Tensor, wave: Wave):
+        own = step[:, wave.rows]
+
+        def level(value: Tensor) -> tuple[Tensor, Tensor]:
+            code = round_clamp(value / own, -INT8_MAX, INT8_MAX)
+            return code, code * own
+
+        return level
+
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     width = hessian.shape[1]
-    step = grid.scale[:, 0]
+    run = largest_divisor(width, ALONE if curvature is None else COUPLED)
     for block, H in enumerate(hessian):
-        W = weight[:, block * width : (block + 1) * width].float()
-        order, U = _ordered_factor(H.to(weight.device).double(), 1, damp)
-
-        def quantize(columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            code = round_clamp(columns[k] / step, -INT8_MAX, INT8_MAX)
-            return code, code * step
-
-        found = _feed_back(W[:, order], U, GPTQ_BLOCK, quantize)
-        codes[:, block * width + order] = found.to(torch.int8)
+        columns = slice(block * width, (block + 1) * width)
+        order = Columns.of(H.to(weight.device), run, damp)
+        codes[:, columns] = feed_back(weight[:, columns], order, rows, levels).to(torch.int8)
     return codes
 
 
@@ -47,6 +59,7 @@ def gptq_int4(
     group_size: int,
     symmetric: bool,
     shrink: tuple[float, ...] = SHRINK,
+    curvature: Tensor | None = None,
     damp: float = GPTQ_DAMP,
 ) -> tuple[Tensor, Int4Grid]:
     """As `gptq_int8` -> codes [N, K] uint8 and their grid.
@@ -55,69 +68,41 @@ def gptq_int4(
     weighted by what its error costs after later columns made up for it. Most important group first.
     """
     N, K = weight.shape
-    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
+    rows = _rows(weight, curvature)
     scale = channel_step(weight, group_size, symmetric)
-    step = scale[:, 0]
+    step = rows.arranged(scale)[..., 0]  # [P, c]
+    codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
     multiplier = torch.empty(N, K // group_size, device=weight.device)
     zero = torch.empty_like(multiplier)
     width = hessian.shape[1]
     for block, H in enumerate(hessian):
-        start = block * width
-        W = weight[:, start : start + width].float()
-        order, U = _ordered_factor(H.to(weight.device).double(), group_size, damp)
-        importance = U.diagonal().square().reciprocal()
+        columns = slice(block * width, (block + 1) * width)
+        order = Columns.of(H.to(weight.device), group_size, damp, together=group_size)
+        importance = order.importance / order.importance.mean(dim=1, keepdim=True)
+        chosen = torch.empty(2, *step.shape, order.runs, device=weight.device)
 
-        def quantize(columns: Tensor, k: int, order=order, importance=importance, start=start) -> tuple[Tensor, Tensor]:
-            g = (start + int(order[k])) // group_size
-            if k % group_size == 0:
-                weights = importance[k : k + group_size]
-                group = columns[k : k + group_size].T[:, None]
-                m, z = fit_levels(group, scale, symmetric, (weights / weights.mean())[None], shrink)
-                multiplier[:, g], zero[:, g] = m[:, 0], z[:, 0]
-            code = nearest_level(columns[k] / step, multiplier[:, g], zero[:, g])
-            return code, (code - zero[:, g]) * multiplier[:, g] * step
+        def levels(target: Tensor, wave: Wave, importance=importance, chosen=chosen):
+            own = step[:, wave.rows]
+            m, z = fit_levels(target, own, symmetric, importance[wave.runs], shrink)
+            wave.of(chosen[0]).copy_(m)
+            wave.of(chosen[1]).copy_(z)
 
-        found = _feed_back(W[:, order], U, group_size, quantize)
-        codes[:, start + order] = found.to(torch.uint8)
+            def level(value: Tensor) -> tuple[Tensor, Tensor]:
+                code = nearest_level(value / own, m, z)
+                return code, (code - z) * m * own
+
+            return level
+
+        codes[:, columns] = feed_back(weight[:, columns], order, rows, levels).to(torch.uint8)
+        group = torch.div(columns.start + order.order[::group_size], group_size, rounding_mode="floor")
+        multiplier[:, group], zero[:, group] = rows.restored(chosen[0]), rows.restored(chosen[1])
     return codes, Int4Grid(scale, multiplier, zero, group_size)
 
 
-def _ordered_factor(H: Tensor, run: int, damp: float) -> tuple[Tensor, Tensor]:
-    """Damped H [b, b] -> order of its columns, most important first in whole runs, and U with UᵀU = H⁻¹ in it."""
-    dead = H.diagonal() <= 0
-    H = H + torch.diag(dead.double() + damp * H.diagonal().mean().clamp(min=1e-12))
-    runs = torch.argsort(H.diagonal().unflatten(0, (-1, run)).mean(dim=1), descending=True)
-    order = (runs[:, None] * run + torch.arange(run, device=H.device)).flatten()
-    H = H[order][:, order]
-    return order, torch.linalg.cholesky(torch.cholesky_inverse(_factor(H, damp)), upper=True).float()
-
-
-def _feed_back(W: Tensor, U: Tensor, batch: int, quantize) -> Tensor:
-    """Rounds W [N, b] column by column, spreading each error over later columns -> codes [N, b] fp32.
-
-    quantize(columns [b, N], k) -> codes and values [N] of column k, given all columns as corrected so far.
-    """
-    rest = W.T.contiguous()  # [b, N]: a column is contiguous
-    codes, errors = torch.empty_like(rest), torch.empty_like(rest)
-    K = len(rest)
-    for start in range(0, K, batch):
-        end = min(start + batch, K)
-        for k in range(start, end):
-            codes[k], value = quantize(rest, k)
-            errors[k] = (rest[k] - value) / U[k, k]
-            rest[k:end].addr_(U[k, k:end], errors[k], alpha=-1)
-        rest[end:] -= U[start:end, end:].T @ errors[start:end]
-    return codes.T
-
-
-def _factor(H: Tensor, damp: float) -> Tensor:
-    """Cholesky factor of H; ever more damping where fp32 cancellation (a large mean taken off) left it indefinite."""
-    for power in range(12):
-        factor, failed = torch.linalg.cholesky_ex(H)
-        if not int(failed):
-            return factor
-        H = H + torch.diag(10**power * damp * H.diagonal().abs().mean().expand(len(H)))
-    return torch.linalg.cholesky(H)
+def _rows(weight: Tensor, curvature: Tensor | None) -> Rows:
+    if curvature is None:
+        return Rows.alone(len(weight), weight.device)
+    return Rows.coupled(curvature.to(weight.device), CURVATURE_DAMP)
 
 
 @dataclass(frozen=True)
@@ -133,18 +118,21 @@ class RoundedWeight:
         return self.qdata if self.levels is None else decode_int4(self.qdata, self.levels)
 
 
-def round_weight(weight: Tensor, args: WeightArgs, group_size: int, hessian: Tensor | None) -> RoundedWeight:
-    """Folded weight [N, K] -> RoundedWeight. `hessian` is needed for GPTQ only; without it, round to nearest."""
+def round_weight(
+    weight: Tensor, args: WeightArgs, group_size: int, hessian: Tensor | None, curvature: Tensor | None = None
+) -> RoundedWeight:
+    """Folded weight [N, K] -> RoundedWeight. GPTQ takes a Hessian and, if there is one, a curvature; without a
+    Hessian, round to nearest."""
     weight = weight.float()
-    curvature = hessian if args.rounding is Rounding.GPTQ else None
+    calibrated = hessian if args.rounding is not Rounding.NEAREST else None
     if args.bits == 8:
         grid = int8_grid(weight)
-        codes = round_nearest(weight, grid) if curvature is None else gptq_int8(weight, curvature, grid)
+        codes = round_nearest(weight, grid) if calibrated is None else gptq_int8(weight, calibrated, grid, curvature)
         return RoundedWeight(codes, grid.scale)
     shrink = SHRINK if args.search else SHRINK[:1]
-    if curvature is None:
+    if calibrated is None:
         grid4 = int4_grid(weight, group_size, args.symmetric, shrink)
         codes = round_nearest(weight, grid4)
     else:
-        codes, grid4 = gptq_int4(weight, curvature, group_size, args.symmetric, shrink)
+        codes, grid4 = gptq_int4(weight, calibrated, group_size, args.symmetric, shrink, curvature)
     return RoundedWeight(pack_int4(codes), grid4.scale, grid4.levels)

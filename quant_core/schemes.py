@@ -34,7 +34,8 @@ class Scale(Enum):
 
 class Rounding(Enum):
     NEAREST = "nearest"
-    GPTQ = "gptq"
+    GPTQ = "gptq"  # errors of a channel make up for one another, weighed by the layer's inputs
+    GUIDED = "guided"  # errors of several channels too, weighed by what they do to the model's output
 
 
 class StaticRange(Enum):
@@ -156,7 +157,7 @@ class QuantScheme:
 
 _BEST_W8A8 = QuantScheme(
     "W8A8",
-    WeightArgs(8, rounding=Rounding.GPTQ),
+    WeightArgs(8, rounding=Rounding.GUIDED),
     ActivationArgs(Granularity.PER_TOKEN, symmetric=False),
     shift=Shift.MEAN,
     scale=Scale.BALANCED,
@@ -170,7 +171,7 @@ PRESETS = {
         _BEST_W8A8,
         QuantScheme(
             "W4A8",
-            WeightArgs(4, 16, symmetric=False, rounding=Rounding.GPTQ),
+            WeightArgs(4, 16, symmetric=False, rounding=Rounding.GUIDED),
             # at 4 bits the weights decide: a zero point per token buys nothing
             ActivationArgs(Granularity.PER_TOKEN, symmetric=True),
             shift=Shift.MEAN,

@@ -98,7 +98,7 @@ def test_gptq_without_correlation_keeps_the_nearest_level(gptq, grid_of):
 @pytest.mark.parametrize("K", [1, 7, 33])
 def test_gptq_int8_follows_its_definition(K, batch, monkeypatch):
     """Column by column, the later columns move to where they best make up for the errors so far."""
-    monkeypatch.setattr(rounding, "GPTQ_BLOCK", batch)
+    monkeypatch.setattr(rounding, "ALONE", batch)
     weight, H = normal(7, K, seed=3), moments(K, 5)
     grid = int8_grid(weight)
     order = H.diagonal().argsort(descending=True).tolist()
