@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from .collector import Collector
+from .curvature import CurvatureCollector
 from .files import DamagedFile, read_tensors, write_tensors
 from .grouping import Grouping
 from .observers import LayerObserver, LayerStatistics
 
 FORMAT = "dit_quant_calibration"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Calibration:
     fingerprints: identity of each layer's weight at calibration; silent: layers that never ran, with the
     reason; grouping: the partition chosen by Group Timesteps, or None until then; gains: how far an error at each
     layer's output moves the final latent (see `sensitivity`), or None where that was not measured; curvature: diagonal
-    blocks [P, c, c] of what errors in a layer's output cost (see `curvature`), for the layers it was measured on, or None.
+    blocks [P, c, c] of what errors in a layer's output cost (see `curvature`) where that was measured, or None.
     """
 
     sigmas: tuple[float, ...]
@@ -59,17 +60,21 @@ def finish(
     )
 
 
-def save_progress(path: Path, collector: Collector, key: str, done: int) -> None:
+def save_progress(
+    path: Path, collector: Collector, key: str, done: int, curvature: CurvatureCollector | None = None
+) -> None:
     """Writes the raw sums after `done` prompts; `key` binds the file to its model, prompts, settings and pass.
 
     Layers that share an observer are written once, under the first one's name.
     """
+    curvature = curvature or CurvatureCollector({})
     groups = collector.groups()
     tensors = {
         f"{names[0]}|{field}": value
         for observer, names in groups.items()
         for field, value in observer.tensors().items()
     }
+    tensors |= {f"{name}|curvature": moment for name, moment in curvature.moments.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -77,13 +82,17 @@ def save_progress(path: Path, collector: Collector, key: str, done: int) -> None
         "done": str(done),
         "sigmas": json.dumps(collector.sigmas),
         "shared": json.dumps({name: names[0] for names in groups.values() for name in names[1:]}),
+        "probes": str(curvature.probes),
+        "probe_failure": curvature.failure,
     }
     write_tensors(path, tensors, metadata)
 
 
 @torch.inference_mode(False)  # what is made here is changed in place later on, in either mode
-def restore_progress(path: Path, collector: Collector, key: str, *, copy: bool = True) -> int:
-    """Fills a fresh collector from a file and returns how many prompts it holds.
+def restore_progress(
+    path: Path, collector: Collector, key: str, curvature: CurvatureCollector | None = None, *, copy: bool = True
+) -> int:
+    """Fills fresh collectors from a file and returns how many prompts it holds.
 
     Everything is checked first: a foreign, old or damaged file raises DamagedFile and changes nothing.
     copy=False leaves the tensors in the file, mapped: for one that is complete, to be read and no more.
@@ -99,6 +108,7 @@ def restore_progress(path: Path, collector: Collector, key: str, *, copy: bool =
         sigmas = [float(s) for s in json.loads(metadata["sigmas"])]
         shared = {str(name): str(first) for name, first in json.loads(metadata["shared"]).items()}
         done = int(metadata["done"])
+        probes, failure = int(metadata["probes"]), metadata["probe_failure"]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedFile(f"{path.name}: its metadata is incomplete ({error})") from error
     if len(sigmas) > collector.max_bins or (collector.fixed and sigmas != collector.sigmas):
@@ -112,8 +122,25 @@ def restore_progress(path: Path, collector: Collector, key: str, *, copy: bool =
         state = _layer_state(path, tensors, first, fresh, len(sigmas), collector.max_bins)
         restored[name] = fresh.copy(name)
         restored[name].restore({field: value.clone() if copy else value for field, value in state.items()})
+    if curvature is not None:
+        moments = _curvature(path, tensors, curvature)
+        moments = {name: moment.clone() if copy else moment for name, moment in moments.items()}
+        curvature.moments, curvature.probes, curvature.failure = moments, probes, failure
     collector.adopt(sigmas, restored)
     return done
+
+
+def _curvature(path: Path, tensors: dict, fresh: CurvatureCollector) -> dict[str, torch.Tensor]:
+    """The curvature of every layer that has one, shapes checked."""
+    found = {}
+    for name, (blocks, width) in fresh.shapes.items():
+        moment = tensors.get(f"{name}|curvature")
+        if moment is None:
+            continue
+        if tuple(moment.shape) != (blocks, width, width) or moment.dtype != torch.float32:
+            raise DamagedFile(f"{path.name}: {name} curvature should be {[blocks, width, width]} torch.float32")
+        found[name] = moment
+    return found
 
 
 def _layer_state(path: Path, tensors: dict, name: str, fresh: LayerObserver, sigmas: int, bins: int) -> dict:

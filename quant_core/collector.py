@@ -67,6 +67,7 @@ class Collector:
         self.observers = {name: empty[K] for name, K in features.items()}
         self._users = Counter(self.observers.values())
         self._shared: Shared | None = None
+        self._paused = False
 
     @torch.inference_mode(False)
     def at(self, sigma: float) -> None:
@@ -167,12 +168,22 @@ class Collector:
         self._users = Counter(self.observers.values())
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is recorded inside: a call is repeated for another purpose."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Hooks the layers' inputs; the hooks are gone afterwards, whatever happens."""
 
         def hook(name: str):
             def before(module: nn.Module, args: tuple) -> None:
-                self.record(name, args[0])
+                if not self._paused:
+                    self.record(name, args[0])
 
             return before
 

@@ -17,15 +17,13 @@ from .feedback import largest_divisor
 CURVATURE_BLOCK = 256
 # one call in so many is probed: each costs as much as two or three calls more
 PROBE_EVERY = 14
-# fractions of its multiples spread evenly over whatever length a sampling has
-GOLDEN = (5**0.5 - 1) / 2
-# calls between the first ones of two prompts, for the places of the probes; more than a sampling has
-PROMPT_STRIDE = 10_007
+# fractions of their multiples spread evenly, whatever number of calls a prompt has
+GOLDEN, ROOT_OF_TWO = (5**0.5 - 1) / 2, 2**0.5
 
 
-def is_probed(call: int, every: int = PROBE_EVERY) -> bool:
-    """Whether a call is one of the 1 in `every` that are probed."""
-    return call * GOLDEN % 1 < 1 / every
+def is_probed(prompt: int, call: int, every: int = PROBE_EVERY) -> bool:
+    """Whether a call of a prompt, both counted from 0, is one of the 1 in `every` that are probed; the first one is."""
+    return (prompt * ROOT_OF_TWO + call * GOLDEN) % 1 < 1 / every
 
 
 def probe_loss(output: Tensor, seed: int) -> Tensor:
@@ -37,27 +35,40 @@ def probe_loss(output: Tensor, seed: int) -> Tensor:
 
 
 class CurvatureCollector:
-    """Sums of g gᵀ over tokens, per layer in diagonal blocks [P, c, c] fp32 on the CPU.
+    """Sums of g gᵀ over tokens, per layer in diagonal blocks [P, c, c] fp32 on the CPU; shapes: (P, c) of each.
 
     features: N of every layer; block: widest c. Only calls that go through `probe` are measured.
     """
 
     def __init__(self, features: Mapping[str, int], block: int = CURVATURE_BLOCK, every: int = PROBE_EVERY):
         self.every = every
-        self.widths = {name: largest_divisor(N, block) for name, N in features.items()}
+        widths = {N: largest_divisor(N, block) for N in features.values()}
+        self.shapes = {name: (N // widths[N], widths[N]) for name, N in features.items()}
         self.moments: dict[str, Tensor] = {}
         self.probes = 0
-        self._call = 0
+        self.failure = ""
+        self._prompt = self._call = 0
         self._probing = False
 
     def at_prompt(self, index: int) -> None:
         """Announces the next prompt: which of its calls are probed does not depend on the prompts before."""
-        self._call = index * PROMPT_STRIDE
+        self._prompt, self._call = index, 0
 
     def due(self) -> bool:
         """Counts a call; whether it is to go through `probe`."""
-        self._call += 1
-        return is_probed(self._call, self.every)
+        call, self._call = self._call, self._call + 1
+        return not self.failure and is_probed(self._prompt, call, self.every)
+
+    def give_up(self, reason: str) -> None:
+        """Forgets everything and probes no more: half of the layers measured would be worth little."""
+        self.failure = reason
+        self.moments, self.probes = {}, 0
+
+    def note(self) -> str:
+        """For the report: what was measured, or why it was not and what that means."""
+        if self.failure:
+            return f"curvature not measured ({self.failure}): plain GPTQ rounds the weights, at some loss"
+        return f"curvature measured in {self.probes} calls"
 
     @contextmanager
     def attached(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -91,7 +102,7 @@ class CurvatureCollector:
             try:
                 output = call()
                 if output.requires_grad:
-                    probe_loss(output, self._call).backward()
+                    probe_loss(output, self._prompt * 1_000_003 + self._call).backward()
                     self.probes += 1
             finally:
                 self._probing = False
@@ -99,8 +110,7 @@ class CurvatureCollector:
 
     def record(self, name: str, grad: Tensor) -> None:
         """grad [..., N] in a layer's output. One that is not finite (a gradient beyond fp16) is left out."""
-        width = self.widths[name]
-        blocks = grad.detach().flatten(0, -2).float().unflatten(1, (-1, width)).transpose(0, 1)  # [P, M, c]
+        blocks = grad.detach().flatten(0, -2).float().unflatten(1, self.shapes[name]).transpose(0, 1)  # [P, M, c]
         moment = (blocks.transpose(1, 2) @ blocks).cpu()
         if not bool(torch.isfinite(moment).all()):
             return

@@ -15,11 +15,13 @@ from comfy.patcher_extension import WrappersMP
 
 from ...quant_core.calibration import VERSION, Calibration, finish, restore_progress, save_progress
 from ...quant_core.collector import MAX_BINS, Collector
+from ...quant_core.curvature import CurvatureCollector
 from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
 from .gains import cached_gains
+from .probes import probing
 from .weights import fingerprints, is_quantized, select, weight_loaders
 
 log = logging.getLogger("dit_quant")
@@ -100,16 +102,19 @@ class Run:
     def cache(self, index: int) -> Path:
         return self.folder / f"{self.key[:32]}{self.part(index)}.safetensors"
 
-    def collector(self, index: int, sigmas: list[float]) -> Collector:
-        """An empty one for the layers of a pass."""
-        return Collector(
-            {name: self.layers[name].in_features for name in self.plan.passes[index]},
+    def collectors(self, index: int, sigmas: list[float]) -> tuple[Collector, CurvatureCollector]:
+        """Empty ones for the layers of a pass."""
+        names = self.plan.passes[index]
+        outputs = {} if self.plan.curvature is None else {name: self.layers[name].out_features for name in names}
+        inputs = Collector(
+            {name: self.layers[name].in_features for name in names},
             flow=is_flow(self.patcher),
             covariance=self.plan.covariance,
             max_bins=self.plan.bins,
             rows=self.plan.rows,
             sigmas=sigmas,
         )
+        return inputs, CurvatureCollector(outputs, self.plan.curvature or 1)
 
 
 def calibrate(
@@ -135,7 +140,9 @@ def calibrate(
         patcher.get_model_object("model_sampling"), settings.scheduler, settings.steps
     ).tolist()
     bins = min(max(sum(sigma > 0 for sigma in sigmas), FEWEST_BINS), MAX_BINS)
-    plan = plan_memory(features, budget=int(settings.memory_gb * 2**30), bins=bins, passes=settings.passes)
+    outputs = {name: module.out_features for name, module in layers.items()}
+    budget = int(settings.memory_gb * 2**30)
+    plan = plan_memory(features, budget=budget, bins=bins, passes=settings.passes, outputs=outputs)
     progress.notes.append(str(plan))
     if plan.covariance is None:
         progress.notes.append(
@@ -156,15 +163,22 @@ def calibrate(
         "covariance": plan.covariance,
         "rows": plan.rows,
         "bins": plan.bins,
+        "curvature": plan.curvature,
         "passes": len(plan.passes),
     }
     key = settings_key(VERSION, prints, described)
     run = Run(patcher, layers, positive, negative, settings, plan, folder, key, progress)
     collectors: list[Collector] = []
+    curvature: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for index in range(len(plan.passes)):
-            collectors.append(_observe(run, index, collectors[0].sigmas if collectors else []))
-    result = finish(collectors[0], prints, described | {"cache": run.cache(0).name}, collectors[1:])
+            collector, outputs = _observe(run, index, collectors[0].sigmas if collectors else [])
+            collectors.append(collector)
+            curvature |= outputs.moments
+            if plan.curvature is not None and outputs.note() not in progress.notes:
+                progress.notes.append(outputs.note())
+    settings_used = described | {"cache": run.cache(0).name}
+    result = finish(collectors[0], prints, settings_used, collectors[1:], curvature)
     return replace(result, gains=_gains(run)) if settings.sensitivity else result
 
 
@@ -189,32 +203,35 @@ def _gains(run: Run) -> dict[str, float]:
     return cached_gains(run.layers, weights, sample, path, key, run.progress.notes)
 
 
-def _observe(run: Run, index: int, sigmas: list[float]) -> Collector:
+def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, CurvatureCollector]:
     """One pass over all prompts, from where its cache ends. sigmas: the bins of the first pass, empty in it."""
-    collector, cache, key = run.collector(index, sigmas), run.cache(index), run.key + run.part(index)
+    inputs, outputs = run.collectors(index, sigmas)
+    cache, key = run.cache(index), run.key + run.part(index)
     prompts = len(run.positive)
-    done = _resume(run, index, collector, key)
+    done = _resume(run, index, inputs, outputs, key)
     if done < prompts:
-        sampled = hooked_clone(run.patcher, collector)
-        with collector.attached({name: run.layers[name] for name in run.plan.passes[index]}):
+        sampled = hooked_clone(run.patcher, inputs, outputs, run.progress.notes)
+        layers = {name: run.layers[name] for name in run.plan.passes[index]}
+        with inputs.attached(layers), outputs.attached({name: layers[name] for name in outputs.shapes}):
             for i in range(done, prompts):
+                outputs.at_prompt(i)
                 _sample(sampled, run, i, index * prompts + i)
-                save_progress(cache, collector, key, i + 1)
+                save_progress(cache, inputs, key, i + 1, outputs)
     if len(run.plan.passes) == 1:
-        return collector
+        return inputs, outputs
     # the next pass needs the memory: this one's statistics are read from its file as they are used
-    on_disk = run.collector(index, sigmas)
-    restore_progress(cache, on_disk, key, copy=False)
-    return on_disk
+    inputs, outputs = run.collectors(index, sigmas)
+    restore_progress(cache, inputs, key, outputs, copy=False)
+    return inputs, outputs
 
 
-def _resume(run: Run, index: int, collector: Collector, key: str) -> int:
+def _resume(run: Run, index: int, inputs: Collector, outputs: CurvatureCollector, key: str) -> int:
     """Prompts already in the cache; a file that does not fit is reported and recomputed, never half used."""
     cache = run.cache(index)
     if not cache.exists():
         return 0
     try:
-        done = restore_progress(cache, collector, key)
+        done = restore_progress(cache, inputs, key, outputs)
     except DamagedFile as error:
         run.progress.notes.append(f"calibration cache refused and recomputed: {error}")
         log.warning("calibration cache refused and recomputed: %s", error)
@@ -224,13 +241,19 @@ def _resume(run: Run, index: int, collector: Collector, key: str) -> int:
     return done
 
 
-def hooked_clone(patcher: ModelPatcher, collector: Collector) -> ModelPatcher:
-    """A clone that announces sigma to the collector at every model call."""
+def hooked_clone(
+    patcher: ModelPatcher, inputs: Collector, outputs: CurvatureCollector, notes: list[str]
+) -> ModelPatcher:
+    """A clone that announces sigma to the collector of inputs at every model call, and probes some for outputs."""
     clone = patcher.clone()
+    probe = probing(clone, inputs, outputs, notes) if outputs.shapes else None
 
     def announce(executor, x, t, *args, **kwargs):
-        collector.at(float(t.flatten()[0]))
-        return executor(x, t, *args, **kwargs)
+        inputs.at(float(t.flatten()[0]))
+        result = executor(x, t, *args, **kwargs)
+        if probe is not None and outputs.due():
+            probe(executor, (x, t, *args), kwargs, result)
+        return result
 
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, announce)
     return clone

@@ -1,5 +1,6 @@
 """The calibration cache: found again, told apart, refused when damaged, resumed after an interruption."""
 
+import re
 import shutil
 import time
 
@@ -33,6 +34,11 @@ def run(server, file: str | None = None, **changes) -> tuple[str, dict]:
         return p.report(server.run(prompt), "shown"), {}
     history = server.run(prompt | p.group() | p.quantize(model="again", skip_layers=SKIP) | p.save("quantized", file))
     return p.report(history, "calibration"), load_file(server.output / "diffusion_models" / p.saved_name(file))
+
+
+def probed_calls(text: str) -> int:
+    """What the node's text says of the curvature."""
+    return int(re.search(r"curvature measured in (\d+) calls", text)[1])
 
 
 def assert_same_codes(left: dict, right: dict) -> None:
@@ -133,8 +139,11 @@ def test_damaged_cache_is_refused_and_recomputed(host_server, first, damage, rea
 
 def test_the_report_says_what_the_memory_was_used_for(host_server):
     text, _ = run(host_server)
-    assert "covariance blocks up to 4096, 64 rows sampled per noise level, 1 pass, 0.0" in text
+    blocks = "covariance blocks up to 4096, curvature blocks up to 256"
+    assert f"{blocks}, 64 rows sampled per noise level, 1 pass, 0.0" in text
+    assert probed_calls(text) >= 1
     text, _ = run(host_server, steps=2, **p.NO_COVARIANCE)
+    assert "curvature" not in text
     assert "no covariances, 64 rows sampled per noise level, 1 pass, 0.0" in text
     assert "rounded to nearest instead of by GPTQ" in text
 
@@ -149,7 +158,7 @@ def test_several_passes_give_the_codes_of_one(host_server):
         calibrated = p.BASE | many | p.again(next(nonces)) | p.calibrate("again", **settings, **changes)
         return calibrated | p.group() | p.quantize(model="again", skip_layers=SKIP) | p.save("quantized", file)
 
-    small = {"memory_gb": 0.025, "passes": 8}
+    small = {"memory_gb": 0.04, "passes": 8}
     prompt_id = host_server.submit(prompt("stopped", **small))
     deadline = time.monotonic() + 300
     while not any("-2of2" in name for name in caches(host_server) - before) and time.monotonic() < deadline:
@@ -161,14 +170,14 @@ def test_several_passes_give_the_codes_of_one(host_server):
         host_server.wait(prompt_id)
 
     text = p.report(host_server.run(prompt("passes", **small)), "calibration")
-    assert "covariance blocks up to 4096" in text
+    assert "covariance blocks up to 4096, curvature blocks up to 256" in text
     assert "2 passes, 0.0" in text
     assert f"{MANY} prompts taken from the cache, pass 1" in text
     taken = next(int(line.split()[0]) for line in text.splitlines() if line.endswith("from the cache, pass 2"))
     assert 1 <= taken < MANY
     assert len(caches(host_server) - before) == 2
     text = p.report(host_server.run(prompt("one_pass", memory_gb=4.0)), "calibration")
-    assert "covariance blocks up to 4096, 64 rows sampled per noise level, 1 pass" in text
+    assert "curvature blocks up to 256, 64 rows sampled per noise level, 1 pass" in text
     folder = host_server.output / "diffusion_models"
     several, one = (load_file(folder / p.saved_name(file)) for file in ("passes", "one_pass"))
     assert_same_codes(several, one)
