@@ -279,8 +279,23 @@ def quantize_model(
             "or every layer was skipped"
         )
     notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
+    notes += _unguided(layers, of_layer, calibration)
     return layers, QuantReport(
         scheme.name, tuple(reports), tuple(SkippedLayer(n, r) for n, r in sorted(skipped.items())), notes
+    )
+
+
+def _unguided(
+    layers: Mapping[str, object], of_layer: Mapping[str, QuantScheme | None], calibration: Calibration | None
+) -> tuple[str, ...]:
+    """Says how many layers wanted a curvature that the calibration does not have."""
+    guided = [n for n in layers if (s := of_layer[n]) is not None and s.weights.rounding is Rounding.GUIDED]
+    known = {} if calibration is None or calibration.curvature is None else calibration.curvature
+    missing = [name for name in guided if name not in known]
+    if not missing:
+        return ()
+    return (
+        f"{len(missing)} of {len(guided)} layers without a measured curvature: plain GPTQ, at some loss of quality",
     )
 
 

@@ -95,6 +95,8 @@ def test_quantized_copy(tiny, table, name):
     """The copy is close, really quantized, and the original is untouched."""
     calibration, latents = calibrate(tiny, prepare(table, ["red apple", "cat", "dog face"], 0), SAMPLING)
     assert len(calibration.sigmas) == SAMPLING.steps
+    assert calibration.curvature is not None
+    assert calibration.curvature.keys() == calibration.layers.keys()
     assert torch.equal(latents, draw(tiny, prepare(table, ["red apple", "cat", "dog face"], 0), SAMPLING))
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
 

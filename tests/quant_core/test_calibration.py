@@ -8,6 +8,7 @@ import pytest
 import torch
 from dit_quant.quant_core.calibration import finish, restore_progress, save_progress
 from dit_quant.quant_core.collector import Collector
+from dit_quant.quant_core.curvature import CurvatureCollector
 from dit_quant.quant_core.files import DamagedFile, read_tensors, write_tensors
 from drift import drift
 
@@ -276,6 +277,63 @@ def test_a_damaged_file_is_refused_and_nothing_changes(tmp_path, damage):
     with pytest.raises(DamagedFile, match=r"cache\.safetensors"):
         restore_progress(path, collector, KEY)
     assert_same(snapshot(collector), before)
+
+
+def curvature(*layers, failure=""):
+    found = CurvatureCollector({"a": 6, "b.c": 4}, 3)
+    for name in layers:
+        found.record(name, torch.randn(5, found.shapes[name][0] * found.shapes[name][1]))
+        found.probes += 1
+    found.failure = failure
+    return found
+
+
+@pytest.mark.parametrize("copy", [True, False], ids=["copied", "mapped"])
+@pytest.mark.parametrize("layers", [("a", "b.c"), ("a",), ()])
+def test_curvatures_are_kept_beside_the_statistics(tmp_path, layers, copy):
+    """A layer that no gradient reached has none."""
+    path = tmp_path / "cache.safetensors"
+    saved, restored = curvature(*layers), curvature()
+    save_progress(path, feed(fresh(), range(2)), KEY, 2, saved)
+    assert restore_progress(path, fresh(), KEY, restored, copy=copy) == 2
+    assert restored.probes == len(layers)
+    assert restored.moments.keys() == set(layers)
+    assert all(torch.equal(restored.moments[name], saved.moments[name]) for name in layers)
+    assert (finish(feed(fresh(), [0]), {}, {}, curvature=restored.moments).curvature is None) == (layers == ())
+    # as without: who does not ask for curvatures gets the statistics
+    assert restore_progress(path, fresh(), KEY) == 2
+
+
+def test_a_failed_measurement_is_not_begun_anew(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    save_progress(path, feed(fresh(), range(2)), KEY, 2, curvature(failure="OutOfMemoryError: 3 GB"))
+    restored = curvature()
+    restore_progress(path, fresh(), KEY, restored)
+    assert restored.failure == "OutOfMemoryError: 3 GB"
+    assert not restored.due()
+
+
+CURVATURE_CHANGES = {
+    "wrong shape": (put("a|curvature", torch.zeros(1, 3, 3)), "a curvature should be"),
+    "wrong dtype": (put("b.c|curvature", torch.zeros(2, 2, 2).half()), "b.c curvature"),
+    "no count of probes": (drop("probes"), "incomplete"),
+    "probes that are no number": (put("probes", "many"), "incomplete"),
+    "no failure": (drop("probe_failure"), "incomplete"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CURVATURE_CHANGES.values(), ids=CURVATURE_CHANGES.keys())
+def test_curvatures_that_do_not_fit_are_refused_and_nothing_changes(tmp_path, change, message):
+    path = tmp_path / "cache.safetensors"
+    save_progress(path, feed(fresh(), range(3)), KEY, 3, curvature("a", "b.c"))
+    rewritten(path, change)
+    collector, outputs = feed(fresh(), [7]), curvature("a")
+    before, moments = snapshot(collector), dict(outputs.moments)
+    with pytest.raises(DamagedFile, match=message):
+        restore_progress(path, collector, KEY, outputs)
+    assert_same(snapshot(collector), before)
+    assert outputs.moments == moments
+    assert outputs.probes == 1
 
 
 def test_calibrating_nothing_is_refused():

@@ -260,6 +260,19 @@ def test_hooks_record_the_input_and_leave_no_trace():
     assert torch.equal(found["2"].maximum[0], model[1](model[0](x)).detach().amax(dim=0))
 
 
+def test_a_paused_collector_records_nothing():
+    """And goes on afterwards, whatever happened."""
+    layer = torch.nn.Linear(4, 4)
+    collector = Collector({"a": 4}, flow=True, covariance=None)
+    collector.at(0.5)
+    with collector.attached({"a": layer}):
+        with pytest.raises(ZeroDivisionError), collector.paused():
+            layer(torch.ones(3, 4))
+            raise ZeroDivisionError
+        layer(torch.ones(2, 4))
+    assert collector.results()[1]["a"].count.tolist() == [2]
+
+
 def test_hooks_are_gone_after_an_exception():
     model = nn.Linear(7, 7)
     collector = Collector({"fc": 7}, flow=True, covariance=None)

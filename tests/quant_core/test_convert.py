@@ -11,7 +11,7 @@ from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.checkpoint import CONFIG_KEY, layer_tensors
 from dit_quant.quant_core.convert import CannotQuantize, install, quantize_model
 from dit_quant.quant_core.grouping import AUTO_UNEXPLAINED_BESIDE_DIRECTIONS, group_model
-from dit_quant.quant_core.linear import QuantLinear, quant_linear
+from dit_quant.quant_core.linear import QuantLinear, dequantize, quant_linear
 from dit_quant.quant_core.metrics import relative_l2
 from dit_quant.quant_core.schemes import PRESETS, Partition, Rounding
 from drift import calibration_of, drift
@@ -226,6 +226,32 @@ def test_gptq_presets_use_their_hessian(preset):
             total += float((y - x @ weights["a"].T).square().sum())
         errors.append(total)
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "W8A8 fast", "W8A8 static", "W4A8"])
+def test_presets_use_the_curvature_where_it_is_known(preset):
+    """It changes codes, and lowers the loss that it measures; without it plain GPTQ rounds, and the report says so."""
+    weights = weights_of({"a": (64, 64), "b": (64, 64)})
+    plain = calibration_of(weights, covariance=64)
+    g = normal(500, 64, seed=5) @ normal(64, 64, seed=6)
+    known = replace(plain, curvature={"a": (g.T @ g)[None]})
+    scheme = PRESETS[preset]
+    alone = scheme.with_options(weights=scheme.weights.with_options(rounding=Rounding.GPTQ))
+    (guided, report), (unknown, blind), (gptq, quiet) = (
+        quantize(weights, used, source) for used, source in ((scheme, known), (scheme, plain), (alone, known))
+    )
+    assert not torch.equal(guided["a"].qdata, gptq["a"].qdata)
+    assert torch.equal(guided["b"].qdata, gptq["b"].qdata)
+    assert torch.equal(unknown["a"].qdata, gptq["a"].qdata)
+    losses = []
+    for layers in (guided, gptq):
+        x = torch.cat(drift(64, 6, seed=0).samples).double()
+        error = (dequantize(layers["a"]).double() - weights["a"].double()) @ (x - x.mean(dim=0)).T
+        losses.append(float((g.double() @ error).square().sum()))
+    assert losses[0] < losses[1]
+    assert "1 of 2 layers without a measured curvature" in report.text()
+    assert "2 of 2 layers without a measured curvature" in blind.text()
+    assert "curvature" not in quiet.text()
 
 
 def test_static_ranges_of_one_sided_inputs_hold_zero():

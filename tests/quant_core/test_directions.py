@@ -35,7 +35,8 @@ def found_for(scheme=SCHEME, K=K, block=None, groups=GROUPS, weight=None):
     shift = group_mean(statistics, rows)
     weight = normal(N, K) if weight is None else weight
     scale = channel_scale(statistics, rows, shift, weight, scheme)
-    return source, statistics, rows, shift, weight, find_directions(statistics, rows, shift, scale, weight, scheme)
+    found = find_directions(rounding_hessian(statistics, rows, shift, None, 1), scale, weight, scheme)
+    return source, statistics, rows, shift, weight, found
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 5), (1, 64), (3, 32)])

@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 from dit_quant.quant_core.collector import Collector
+from dit_quant.quant_core.curvature import CurvatureCollector
 from dit_quant.quant_core.memory import (
     COVARIANCE_LIMITS,
+    CURVATURE_PART,
     MemoryPlan,
     moment_nbytes,
     plan_memory,
+    row_nbytes,
     split_passes,
     sums_nbytes,
 )
@@ -23,8 +26,11 @@ FEATURES |= {f"{i}.2": 2048 for i in range(4)}
 BINS = 10
 
 
-def plan(budget, passes=1, bins=BINS, features=FEATURES):
-    return plan_memory(features, budget=int(budget), bins=bins, passes=passes)
+OUTPUTS = {name: 2048 if name.endswith("1") else 512 for name in FEATURES}
+
+
+def plan(budget, passes=1, bins=BINS, features=FEATURES, outputs=None):
+    return plan_memory(features, budget=int(budget), bins=bins, passes=passes, outputs=outputs)
 
 
 def needed(limit):
@@ -161,8 +167,40 @@ def test_equal_layers_mostly_stay_together():
     assert parted < len(parts)
 
 
+@pytest.mark.parametrize(("budget", "expected"), [(1e9, 256), (80e6, 256), (56e6, 128), (28e6, 64), (14e6, None)])
+def test_curvatures_take_their_part_and_no_more(budget, expected):
+    """Real tensors again. N sums to 18432 here: 18.9 MB at 256 channels a block, half as much at 128."""
+    found = plan(budget, outputs=OUTPUTS)
+    assert found.curvature == expected
+    assert found.nbytes <= budget
+    moments = {name: moment_nbytes(K, found.covariance) for name, K in FEATURES.items()} if found.covariance else {}
+    curvature = CurvatureCollector(OUTPUTS if expected else {}, expected or 1)
+    for name, N in OUTPUTS.items() if expected else ():
+        curvature.record(name, torch.ones(3, N))
+    assert curvature.nbytes <= CURVATURE_PART * budget
+    sums = found.bins * (sums_nbytes(FEATURES) + found.rows * row_nbytes(FEATURES))
+    assert sums + sum(moments.values()) + curvature.nbytes == found.nbytes
+
+
+def test_several_passes_share_curvatures_too():
+    found = plan(56e6, passes=4, outputs=OUTPUTS)
+    assert found.curvature == 256
+    assert len(found.passes) > 1
+    assert found.nbytes <= 56e6
+
+
+def test_without_covariances_there_are_no_curvatures():
+    """Rounding to nearest has no use for them."""
+    assert plan(0, outputs=OUTPUTS).curvature is None
+    found = plan(2.5e6, outputs=OUTPUTS)
+    assert found.covariance is None
+    assert found.curvature is None
+
+
 def test_the_report_line():
     found = MemoryPlan(4096, 24, 28, (("a",), ("b",)), int(3.14 * 2**30))
     assert str(found) == "covariance blocks up to 4096, 24 rows sampled per noise level, 2 passes, 3.1 GB"
+    beside = MemoryPlan(4096, 24, 28, (("a",),), int(3.14 * 2**30), 128)
+    assert str(beside).startswith("covariance blocks up to 4096, curvature blocks up to 128, 24 rows")
     assert str(plan(0)).startswith(f"no covariances, {ROWS} rows")
     assert "1 pass, " in str(plan(2**40))

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from dit_quant.quant_core import observers
-from dit_quant.quant_core.observers import LayerObserver, NonFiniteActivation, covariance_block, panel_starts
+from dit_quant.quant_core.observers import (
+    COVARIANCE_TOKENS,
+    LayerObserver,
+    NonFiniteActivation,
+    covariance_block,
+    panel_starts,
+    spread_tokens,
+)
 from dit_quant.quant_core.row_sample import ROWS
 from drift import drift
 
@@ -74,6 +81,41 @@ def test_long_inputs_are_worked_on_in_chunks(monkeypatch):
     assert_means(chunked.mean, found.samples)
     scale = float(whole.second_moment.abs().amax())
     torch.testing.assert_close(chunked.second_moment, whole.second_moment, rtol=0, atol=2**-20 * scale)
+
+
+@pytest.mark.parametrize("count", [1, 511, 1023, 1024, 1500, 4096, 5000])
+def test_covariances_come_from_tokens_of_every_stretch(count):
+    """All of a short input; of a long one, one of each few tokens, at places that differ."""
+    chosen = spread_tokens(count, 0)
+    if count < 2 * COVARIANCE_TOKENS:
+        assert chosen == slice(None)
+        return
+    step = count // COVARIANCE_TOKENS
+    assert torch.equal(chosen // step, torch.arange(count // step))
+    assert int(chosen.amax()) < count
+    places = torch.bincount(chosen % step, minlength=step)
+    assert int(places.amin()) >= len(chosen) // step - 2
+    assert not torch.equal(chosen, spread_tokens(count, 1))
+
+
+def test_a_long_input_keeps_its_mean_and_about_its_covariance():
+    """Means far from 0, as drift makes them: taken off again, nothing negative is left, nothing of them either."""
+    K, M = 24, 4096
+    mix = torch.randn(K, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64) @ mix
+    x = (x + 40 * torch.randn(K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).float()
+    observer = LayerObserver("layer", K, K)
+    for part in x.split(M // 2):
+        observer.update(part, 0, 0.5)
+    s = observer.statistics([0])
+    mean = x.double().mean(dim=0)
+    left = s.second_moment[0].double() - torch.outer(mean, mean)
+    exact = torch.cov(x.T.double(), correction=0)
+    # n = 1024 tokens of 4096: an entry is off by sqrt(2 S_ii S_jj / n) at most, one standard deviation
+    size = exact.diagonal().sqrt()
+    assert ((left - exact).abs() <= 5 * (2 / 1024) ** 0.5 * size[:, None] * size).all()
+    # fp32 of moments as large as mean^2
+    assert float(torch.linalg.eigvalsh(left)[0]) > -8 * 2**-24 * float(mean.square().sum())
 
 
 def is_subset(rows, x) -> bool:

@@ -220,11 +220,13 @@ def test_degenerate_moments_still_round(kind, gptq, grid_of):
 @pytest.mark.parametrize("search", [True, False], ids=["search", "min-max"])
 @pytest.mark.parametrize("rounding", Rounding)
 def test_rounded_4_bits_are_their_grid_packed(rounding, search):
-    weight, H = normal(33, 64), moments(64, 1)[None]
+    weight, H, C = normal(33, 64), moments(64, 1)[None], moments(33, 2)[None]
     shrink = SHRINK if search else (1.0,)
-    rounded = round_weight(weight, WeightArgs(4, 32, symmetric=False, rounding=rounding, search=search), 32, H)
-    if rounding is Rounding.GPTQ:
-        codes, grid = gptq_int4(weight, H, 32, False, shrink)
+    curvature = C if rounding is Rounding.GUIDED else None
+    args = WeightArgs(4, 32, symmetric=False, rounding=rounding, search=search)
+    rounded = round_weight(weight, args, 32, H, curvature)
+    if rounding is not Rounding.NEAREST:
+        codes, grid = gptq_int4(weight, H, 32, False, shrink, curvature)
     else:
         grid = int4_grid(weight, 32, False, shrink)
         codes = round_nearest(weight, grid)
@@ -236,10 +238,12 @@ def test_rounded_4_bits_are_their_grid_packed(rounding, search):
 
 @pytest.mark.parametrize("rounding", Rounding)
 def test_rounded_8_bits_are_their_grid(rounding):
-    weight, H = normal(33, 64), moments(64, 1)[None]
-    rounded = round_weight(weight, WeightArgs(8, rounding=rounding), 64, H)
+    weight, H, C = normal(33, 64), moments(64, 1)[None], moments(33, 2)[None]
+    curvature = C if rounding is Rounding.GUIDED else None
+    rounded = round_weight(weight, WeightArgs(8, rounding=rounding), 64, H, curvature)
     grid = int8_grid(weight)
-    codes = gptq_int8(weight, H, grid) if rounding is Rounding.GPTQ else round_nearest(weight, grid)
+    nearest = rounding is Rounding.NEAREST
+    codes = round_nearest(weight, grid) if nearest else gptq_int8(weight, H, grid, curvature)
     assert rounded.levels is None
     assert torch.equal(rounded.int8(), codes)
     assert torch.equal(rounded.scale, grid.scale)
@@ -247,16 +251,19 @@ def test_rounded_8_bits_are_their_grid(rounding):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_without_moments_rounds_to_nearest(bits):
-    weight = normal(33, 64)
-    calibrated, plain = (round_weight(weight, WeightArgs(bits, rounding=kind), 16, None) for kind in Rounding)
-    assert torch.equal(calibrated.qdata, plain.qdata)
-    assert torch.equal(calibrated.int8(), plain.int8())
+    """Whatever is known of the curvature."""
+    weight, C = normal(33, 64), moments(33, 2)[None]
+    plain = round_weight(weight, WeightArgs(bits, rounding=Rounding.NEAREST), 16, None)
+    for kind in (Rounding.GPTQ, Rounding.GUIDED):
+        calibrated = round_weight(weight, WeightArgs(bits, rounding=kind), 16, None, C)
+        assert torch.equal(calibrated.qdata, plain.qdata)
+        assert torch.equal(calibrated.int8(), plain.int8())
 
 
 def test_the_inputs_are_left_alone():
-    weight, H = normal(7, 40, seed=1), moments(40, 1)[None]
-    before = weight.clone(), H.clone()
-    gptq_int4(weight, H, 4, False)
-    gptq_int8(weight, H, int8_grid(weight))
-    assert torch.equal(weight, before[0])
-    assert torch.equal(H, before[1])
+    given = normal(7, 40, seed=1), moments(40, 1)[None], moments(7, 2)[None]
+    before = [tensor.clone() for tensor in given]
+    weight, H, C = given
+    gptq_int4(weight, H, 4, False, curvature=C)
+    gptq_int8(weight, H, int8_grid(weight), C)
+    assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
