@@ -295,7 +295,7 @@ def _unguided(
     if not missing:
         return ()
     return (
-        f"{len(missing)} of {len(guided)} layers without a measured curvature: plain GPTQ, at some loss of quality",
+        f"{len(missing)} of {len(guided)} layers without a measured curvature: rounded by plain GPTQ, at some loss",
     )
 
 

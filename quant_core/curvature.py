@@ -67,7 +67,7 @@ class CurvatureCollector:
     def note(self) -> str:
         """For the report: what was measured, or why it was not and what that means."""
         if self.failure:
-            return f"curvature not measured ({self.failure}): plain GPTQ rounds the weights, at some loss"
+            return f"curvature not measured ({self.failure}): plain GPTQ is used, at some loss"
         return f"curvature measured in {self.probes} calls"
 
     @contextmanager

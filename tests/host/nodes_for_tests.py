@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.supported_models
 import folder_paths
+import torch
 from comfy.patcher_extension import WrappersMP
 
 TINY_UNET = {
@@ -110,6 +111,32 @@ class Rebuild:
         return (clone,)
 
 
+class NoGradient:
+    """A MODEL with a block that refuses to run under autograd, or computes something else there."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "factor": ("FLOAT", {"default": 0.0})}}
+
+    def patch(self, model, factor):
+        forward = model.model.diffusion_model.final_layer.forward
+
+        def call(*args, **kwargs):
+            if torch.is_inference_mode_enabled():
+                return forward(*args, **kwargs)
+            if factor == 0:
+                raise RuntimeError("this model knows no gradients")
+            return factor * forward(*args, **kwargs)
+
+        clone = model.clone()
+        clone.add_object_patch("diffusion_model.final_layer.forward", call)
+        return (clone,)
+
+
 class TinyUNet:
     """A MODEL of convolutions, with random weights."""
 
@@ -134,5 +161,6 @@ NODE_CLASS_MAPPINGS = {
     "DiTQuantTestWishes": Wishes,
     "DiTQuantTestAgain": Again,
     "DiTQuantTestRebuild": Rebuild,
+    "DiTQuantTestNoGradient": NoGradient,
     "DiTQuantTestUNet": TinyUNet,
 }

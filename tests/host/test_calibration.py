@@ -148,6 +148,22 @@ def test_the_report_says_what_the_memory_was_used_for(host_server):
     assert "rounded to nearest instead of by GPTQ" in text
 
 
+@pytest.mark.parametrize(("factor", "reason"), [(0.0, "this model knows no gradients"), (2.0, "output differs by")])
+def test_a_model_that_autograd_cannot_follow_is_calibrated_without(host_server, factor, reason):
+    """Refused, or another function there: both nodes say so, statistics are there, and the cache remembers."""
+    blocked = p.BASE | {"blocked": p.node("DiTQuantTestNoGradient", model=p.link("model"), factor=factor)}
+    for nonce in (1, 2):
+        calibrated = p.again(5000 + 10 * nonce + int(factor), "blocked") | p.calibrate("again", steps=STEPS, seed=5)
+        quantized = p.quantize("W8A8", skip_layers=SKIP) | p.sample("quantized", "latents")
+        history = host_server.run(blocked | calibrated | p.group() | quantized)
+        text = p.report(history, "calibration")
+        assert "curvature not measured" in text
+        assert reason in text
+        assert ("taken from the cache" in text) == (nonce == 2)
+        assert "layers without a measured curvature" in p.report(history, "quantized")
+        assert bool(torch.isfinite(host_server.latents(history)["latents"]).all())
+
+
 def test_several_passes_give_the_codes_of_one(host_server):
     """Too little memory for all covariances at once; interrupted in the second pass, then resumed."""
     many = {"many": p.node("DiTQuantEmojiPrompts", prompts="", first=40, count=MANY)}

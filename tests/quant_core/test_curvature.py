@@ -125,9 +125,7 @@ def test_giving_up_forgets_and_says_why():
     found.give_up("OutOfMemoryError: 3 GB")
     assert found.moments == {}
     assert not found.due()
-    assert (
-        found.note() == "curvature not measured (OutOfMemoryError: 3 GB): plain GPTQ rounds the weights, at some loss"
-    )
+    assert found.note() == "curvature not measured (OutOfMemoryError: 3 GB): plain GPTQ is used, at some loss"
 
 
 @pytest.mark.parametrize("calls", [4, 6, 8, 20, 28, 50])
