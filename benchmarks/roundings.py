@@ -10,7 +10,8 @@ import torch
 from dit_quant.kernels.numerics import INT8_MAX, round_clamp, safe_scale
 
 # the column order and the feedback of our own GPTQ, so that a table differs from a grid in its levels alone
-from dit_quant.quant_core.rounding import GPTQ_DAMP, _feed_back, _ordered_factor, gptq_int4
+from dit_quant.quant_core.feedback import Columns, Rows, Wave, feed_back
+from dit_quant.quant_core.rounding import GPTQ_DAMP, gptq_int4
 from torch import Tensor
 
 Rounder = Callable[[Tensor, Tensor], Tensor]  # weight [N, K], hessian [B, b, b] -> rounded weight [N, K] fp32
@@ -66,28 +67,28 @@ def gptq_table(weight: Tensor, hessian: Tensor, group_size: int, table: Tensor) 
     widest = weight.float().unflatten(1, (-1, group_size)).abs().amax(dim=(1, 2))
     step = safe_scale(widest[:, None], WIDEST)
     width = hessian.shape[1]
+    rows = Rows.alone(len(weight), weight.device)
     for block, H in enumerate(hessian):
-        start = block * width
-        W = weight[:, start : start + width].float()
-        order, U = _ordered_factor(H.double(), group_size, GPTQ_DAMP)
-        importance = U.diagonal().square().reciprocal()
-        scale = torch.empty(width // group_size, len(W), 1)
+        part = slice(block * width, (block + 1) * width)
+        columns = Columns.of(H, group_size, GPTQ_DAMP, together=group_size)
+        importance = columns.importance / columns.importance.mean(dim=1, keepdim=True)
 
-        def quantize(columns: Tensor, k: int, importance=importance, scale=scale) -> tuple[Tensor, Tensor]:
-            g, first = divmod(k, group_size)
-            if first == 0:
-                run = slice(k, k + group_size)
-                scale[g] = fit_scale(columns[run].T.contiguous(), step, table, importance[run] / importance[run].mean())
-            s = scale[g, :, 0]
-            value = nearest_in_table(columns[k] / s, table) * s
-            return value, value
+        def levels(target: Tensor, wave: Wave, importance=importance):
+            # one run of all rows at a time: target [N, 1, g]
+            scale = fit_scale(target[:, 0], step, table, importance[wave.runs][0])
 
-        rounded[:, start + order] = _feed_back(W[:, order], U, group_size, quantize)
+            def level(value: Tensor) -> tuple[Tensor, Tensor]:
+                nearest = nearest_in_table(value / scale, table) * scale
+                return nearest, nearest
+
+            return level
+
+        rounded[:, part] = feed_back(weight[:, part], columns, rows, levels)
     return rounded
 
 
 def gptq_decoded(weight: Tensor, hessian: Tensor, group_size: int, damp: float = GPTQ_DAMP) -> Tensor:
-    """What the W4A8 preset makes of a weight, the baseline of every rounding here."""
+    """What the W4A8 preset with plain GPTQ makes of a weight, the baseline of every rounding here."""
     codes, grid = gptq_int4(weight, hessian, group_size, symmetric=False, damp=damp)
     return grid.decode(codes, 0)
 

@@ -14,13 +14,13 @@ from dit_quant.demo.experiment import Prompts, Sampling, calibrate, quantized_co
 from dit_quant.demo.sampler import seeded_noise
 from dit_quant.quant_core.linear import QuantLinear, folded_weight
 from dit_quant.quant_core.rounding import gptq_int4
-from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, Granularity, Partition
+from dit_quant.quant_core.schemes import ActivationArgs, Granularity, Partition
 
 alternatives, fake_linear, publish = (load(n) for n in ("alternatives", "fake_linear", "publish_alternatives"))
 roundings, scale_search, step_weights, upstream = (
     load(n) for n in ("roundings", "scale_search", "step_weights", "upstream")
 )
-W4 = PRESETS["W4A8"]
+W4 = alternatives.PRESET
 ASYMMETRIC = ActivationArgs(Granularity.PER_TOKEN, symmetric=False)
 SAMPLING = Sampling(steps=3, batch=2)
 
@@ -499,7 +499,7 @@ def test_every_method_rounds_every_layer_and_is_a_little_off(bench, name):
 
 def test_sizes_are_counted(bench):
     """A branch costs its factors; every other rounding of the same grid costs nothing."""
-    base = alternatives.methods()["W4A8"].build(bench).bits_per_weight
+    base = alternatives.methods()[alternatives.BASELINE].build(bench).bits_per_weight
     assert alternatives.methods()["16 levels of NF4"].build(bench).bits_per_weight == pytest.approx(base)
     branch = sum(2 * 16 * sum(layer.like.features) for layer in bench.layers.values())
     weights = sum(math.prod(layer.like.features) for layer in bench.layers.values())

@@ -153,7 +153,8 @@ def test_a_model_that_autograd_cannot_follow_is_calibrated_without(host_server, 
     """Refused, or another function there: both nodes say so, statistics are there, and the cache remembers."""
     blocked = p.BASE | {"blocked": p.node("DiTQuantTestNoGradient", model=p.link("model"), factor=factor)}
     for nonce in (1, 2):
-        calibrated = p.again(5000 + 10 * nonce + int(factor), "blocked") | p.calibrate("again", steps=STEPS, seed=5)
+        again = p.again(5000 + 10 * nonce + int(factor), "blocked")
+        calibrated = again | p.calibrate("again", steps=STEPS, seed=70 + int(factor))
         quantized = p.quantize("W8A8", skip_layers=SKIP) | p.sample("quantized", "latents")
         history = host_server.run(blocked | calibrated | p.group() | quantized)
         text = p.report(history, "calibration")
