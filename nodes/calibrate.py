@@ -93,8 +93,8 @@ class CalibrateDiT(io.ComfyNode):
                     max=256.0,
                     step=0.5,
                     advanced=True,
-                    tooltip="Main memory for all statistics. Most of it holds covariances, which calibrated rounding "
-                    "needs. 0 switches those off and limits nothing else.",
+                    tooltip="Main memory for all statistics. Most of it holds covariances and curvatures, which "
+                    "calibrated rounding needs. 0 switches those off and limits nothing else.",
                 ),
                 io.Int.Input(
                     "passes",
@@ -112,6 +112,15 @@ class CalibrateDiT(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Needed by the preset 'fit to size'. Costs 12 more sampling steps for every layer.",
+                ),
+                io.Boolean.Input(
+                    "measure_curvature",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Runs one call in 14 backwards too, to see which rounding errors reach the picture: much "
+                    "better 4-bit weights. Needs memory for the activations of one block; where that fails, the "
+                    "report says so and all else goes on.",
                 ),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="report")],
@@ -132,6 +141,7 @@ class CalibrateDiT(io.ComfyNode):
         memory_gb,
         passes=1,
         measure_sensitivity=False,
+        measure_curvature=True,
         clip=None,
         positive=None,
         negative=None,
@@ -142,7 +152,16 @@ class CalibrateDiT(io.ComfyNode):
                 raise ValueError("connect `negative` (or a CLIP, to encode an empty one): cfg is not 1")
             negative = encode(clip, "") if clip is not None else [conditions[0][0]] if conditions else []
         settings = Settings(
-            parse_sizes(sizes), steps, cfg, sampler_name, scheduler, seed, memory_gb, passes, measure_sensitivity
+            parse_sizes(sizes),
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            seed,
+            memory_gb,
+            passes,
+            measure_sensitivity,
+            measure_curvature,
         )
         bar = comfy.utils.ProgressBar(max(len(conditions), 1) * steps, node_id=cls.hidden.unique_id)
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)

@@ -71,16 +71,15 @@ def plan_memory(
     most = min(rows, int(min(free, budget * SAMPLE_PART)) // max(fitting * row_nbytes(features), 1))
     wide = [(limit, most) for limit in COVARIANCE_LIMITS]
     narrow = [(COVARIANCE_LIMITS[-1], fewer) for fewer in range(most - 1, -1, -1)]
-    outputs = outputs or {}
-    curvature = curvature_limit(outputs, int(budget * CURVATURE_PART * passes))
-    beside = {name: curvature_nbytes(outputs[name], curvature) if curvature else 0 for name in outputs}
-    for limit, kept in wide + narrow:
-        samples = fitting * kept * row_nbytes(features)
-        sizes = {name: moment_nbytes(K, limit) + beside.get(name, 0) for name, K in features.items()}
-        parts = split_passes(sizes, free - samples)
-        if parts is not None and len(parts) <= passes:
-            largest = max(sum(sizes[name] for name in part) for part in parts)
-            return MemoryPlan(limit, kept, fitting, parts, budget - free + samples + largest, curvature)
+    for curvature in curvature_limits(outputs or {}, int(budget * CURVATURE_PART * passes)):
+        beside = {name: curvature_nbytes(N, curvature) for name, N in (outputs or {}).items() if curvature}
+        for limit, kept in wide + narrow:
+            samples = fitting * kept * row_nbytes(features)
+            sizes = {name: moment_nbytes(K, limit) + beside.get(name, 0) for name, K in features.items()}
+            parts = split_passes(sizes, free - samples)
+            if parts is not None and len(parts) <= passes:
+                largest = max(sum(sizes[name] for name in part) for part in parts)
+                return MemoryPlan(limit, kept, fitting, parts, budget - free + samples + largest, curvature)
     samples = fitting * most * row_nbytes(features)
     return MemoryPlan(None, most, fitting, everything, budget - free + samples)
 
@@ -100,12 +99,10 @@ def moment_nbytes(features: int, limit: int) -> int:
     return features * covariance_block(features, limit) * 4
 
 
-def curvature_limit(outputs: Mapping[str, int], capacity: int) -> int | None:
-    """The widest curvature blocks that `capacity` bytes hold for layers of N outputs; None without one."""
-    if not outputs:
-        return None
+def curvature_limits(outputs: Mapping[str, int], capacity: int) -> list[int | None]:
+    """What to try: curvature blocks that `capacity` bytes hold for layers of N outputs, widest first, and then none."""
     sizes = {limit: sum(curvature_nbytes(N, limit) for N in outputs.values()) for limit in CURVATURE_LIMITS}
-    return next((limit for limit in CURVATURE_LIMITS if sizes[limit] <= capacity), None)
+    return [*(limit for limit in CURVATURE_LIMITS if outputs and sizes[limit] <= capacity), None]
 
 
 def curvature_nbytes(outputs: int, limit: int) -> int:

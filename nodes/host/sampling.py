@@ -35,7 +35,7 @@ class Settings:
     """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn.
 
     memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it;
-    sensitivity: whether the gains of all layers are measured too.
+    sensitivity: whether the gains of all layers are measured too; curvature: whether some calls run under autograd.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -47,6 +47,7 @@ class Settings:
     memory_gb: float
     passes: int = 1
     sensitivity: bool = False
+    curvature: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def calibrate(
         patcher.get_model_object("model_sampling"), settings.scheduler, settings.steps
     ).tolist()
     bins = min(max(sum(sigma > 0 for sigma in sigmas), FEWEST_BINS), MAX_BINS)
-    outputs = {name: module.out_features for name, module in layers.items()}
+    outputs = {name: module.out_features for name, module in layers.items()} if settings.curvature else {}
     budget = int(settings.memory_gb * 2**30)
     plan = plan_memory(features, budget=budget, bins=bins, passes=settings.passes, outputs=outputs)
     progress.notes.append(str(plan))
@@ -148,6 +149,11 @@ def calibrate(
         progress.notes.append(
             f"covariances do not fit {settings.memory_gb} GB: weights will be rounded to nearest instead of by GPTQ; "
             "raise memory_gb, or passes, for better quality"
+        )
+    elif settings.curvature and plan.curvature is None:
+        progress.notes.append(
+            f"curvatures do not fit {settings.memory_gb} GB beside the covariances: weights will be rounded by plain "
+            "GPTQ; raise memory_gb, or passes, for better quality"
         )
     prints = fingerprints(patcher, layers)
     described = {

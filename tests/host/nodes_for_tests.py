@@ -123,7 +123,8 @@ class NoGradient:
         return {"required": {"model": ("MODEL",), "factor": ("FLOAT", {"default": 0.0})}}
 
     def patch(self, model, factor):
-        forward = model.model.diffusion_model.final_layer.forward
+        layer = model.model.diffusion_model.final_layer
+        forward = type(layer).forward.__get__(layer)  # not what another prompt has patched in
 
         def call(*args, **kwargs):
             if torch.is_inference_mode_enabled():

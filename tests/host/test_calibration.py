@@ -142,6 +142,10 @@ def test_the_report_says_what_the_memory_was_used_for(host_server):
     blocks = "covariance blocks up to 4096, curvature blocks up to 256"
     assert f"{blocks}, 64 rows sampled per noise level, 1 pass, 0.0" in text
     assert probed_calls(text) >= 1
+    text, _ = run(host_server, steps=2, measure_curvature=False)
+    assert "curvature" not in text
+    text, _ = run(host_server, steps=2, memory_gb=0.017)
+    assert "curvatures do not fit 0.017 GB beside the covariances" in text
     text, _ = run(host_server, steps=2, **p.NO_COVARIANCE)
     assert "curvature" not in text
     assert "no covariances, 64 rows sampled per noise level, 1 pass, 0.0" in text

@@ -189,6 +189,12 @@ def test_several_passes_share_curvatures_too():
     assert found.nbytes <= 56e6
 
 
+@pytest.mark.parametrize("budget", [20e6, 24e6, 28e6, 40e6])
+def test_curvatures_never_cost_the_covariances(budget):
+    """Without covariances they would be of no use."""
+    assert plan(budget, outputs=OUTPUTS).covariance is not None or plan(budget).covariance is None
+
+
 def test_without_covariances_there_are_no_curvatures():
     """Rounding to nearest has no use for them."""
     assert plan(0, outputs=OUTPUTS).curvature is None
