@@ -12,7 +12,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...quant_core.collector import Collector
 from ...quant_core.curvature import CurvatureCollector
@@ -32,17 +32,16 @@ def probing(patcher: ModelPatcher, collector: Collector, curvature: CurvatureCol
 
     def probe(call: Callable[..., Tensor], args: tuple, kwargs: Mapping, expected: Tensor) -> None:
         outputs: list[Tensor] = []
-        found: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             outputs.append(output)
 
         def run() -> Tensor:
-            found.append(call(*ordinary(args), **ordinary(dict(kwargs))))
+            found = call(*ordinary(args), **ordinary(dict(kwargs))).detach()
             if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
                 raise RuntimeError("the model was not called once, or its output is not one tensor")
             # checked before the gradient is counted in
-            difference = float((found[0] - expected).norm() / expected.norm().clamp(min=1e-12))
+            difference = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
             if not difference <= TOLERANCE:
                 raise RuntimeError(f"under autograd the model's output differs by {difference:.2g}")
             return outputs[0]
@@ -53,6 +52,7 @@ def probing(patcher: ModelPatcher, collector: Collector, curvature: CurvatureCol
                 stack.enter_context(training())
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(ordinary_tensors(model, without=blocks))
+                stack.enter_context(unchanged_by_later_writes())
                 stack.enter_context(checkpointed(blocks))
                 handle = model.register_forward_hook(keep)
                 stack.callback(handle.remove)
@@ -120,12 +120,22 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Blocks keep nothing for the way back but their inputs, and copy their weights each time they run."""
 
     def wrapped(block: nn.Module, forward: Callable) -> Callable:
-        def run(*args, **kwargs):
-            with ordinary_tensors(block):
-                return forward(*args, **kwargs)
-
         def call(*args, **kwargs):
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            leaves, form = tree_flatten((args, kwargs))
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+            def run(*tensors: Tensor):
+                given = list(leaves)
+                for place, tensor in zip(places, tensors, strict=True):
+                    given[place] = tensor
+                own_args, own_kwargs = tree_unflatten(given, form)
+                with ordinary_tensors(block), unchanged_by_later_writes():
+                    return forward(*own_args, **own_kwargs)
+
+            anchor = torch.zeros((), requires_grad=True)
+            shape: list = []
+            outputs = Block.apply(run, shape, anchor, *[leaves[place] for place in places])
+            return tree_unflatten(outputs, shape[0])
 
         return call
 
@@ -140,6 +150,40 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
                 vars(block).pop("forward", None)
             else:
                 block.forward = forward
+
+
+class Block(torch.autograd.Function):
+    """Runs without autograd and again, with it, on the way back.
+
+    torch's own checkpoint would not see that a block of the host wrote into what an earlier operation had saved. The
+    anchor makes outputs ask for a gradient where no input does: layers inside may want one.
+    """
+
+    @staticmethod
+    def forward(ctx, run: Callable, shape: list, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.set_materialize_grads(False)  # an output that nothing reads asks for nothing
+        ctx.save_for_backward(*tensors)
+        outputs, form = tree_flatten(run(*[tensor.clone() for tensor in tensors]))
+        shape.append(form)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        wanted = ctx.needs_input_grad[3:]
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
+            # clones, for no leaf may be written into
+            outputs, _ = tree_flatten(ctx.run(*[tensor.clone() for tensor in inputs]))
+            asked = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad and g is not None]
+            if asked:
+                torch.autograd.backward([y for y, _ in asked], [g for _, g in asked])
+        return None, None, None, *[tensor.grad for tensor in inputs]
+
+
+def unchanged_by_later_writes():
+    """Autograd keeps copies: the host's blocks add to their inputs in place."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor)
 
 
 @contextmanager

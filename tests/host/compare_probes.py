@@ -1,0 +1,134 @@
+"""Run by the host's own interpreter in the host's folder: curvatures of small models of the host's own classes, as JSON.
+
+Built in inference mode as the host's loaders do, and probed with checkpointed blocks; beside them the same model, made
+of ordinary tensors, by plain autograd.
+
+usage: python compare_probes.py PACK_ROOT
+"""
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(sys.argv[1])
+sys.argv[1:] = ["--cpu"]
+sys.path[0] = str(Path.cwd())
+
+import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
+
+comfy.options.enable_args_parsing()
+
+import comfy.ops  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.flux.model import Flux  # noqa: E402
+from comfy.ldm.lumina.model import NextDiT  # noqa: E402
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
+from comfy.ldm.wan.model import WanModel  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+sys.modules["dit_quant"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from dit_quant.nodes.host.probes import probing, training, unchanged_by_later_writes  # noqa: E402
+from dit_quant.quant_core.architectures import select_layers  # noqa: E402
+from dit_quant.quant_core.collector import Collector  # noqa: E402
+from dit_quant.quant_core.curvature import CurvatureCollector  # noqa: E402
+from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
+
+COMMON = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.manual_cast}
+
+
+def flux():
+    model = Flux(
+        image_model="flux", in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=128,
+        mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[16, 24, 24], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[], **COMMON,
+    )  # fmt: skip
+    return (
+        model,
+        (torch.randn(2, 16, 8, 8), torch.full((2,), 0.5), torch.randn(2, 5, 64)),
+        {
+            "y": torch.randn(2, 64),
+            "guidance": torch.full((2,), 3.5),
+        },
+    )
+
+
+def wan():
+    model = WanModel(dim=128, ffn_dim=256, num_heads=2, text_dim=64, in_dim=16, out_dim=16, num_layers=2, **COMMON)
+    return model, (torch.randn(2, 16, 1, 8, 8), torch.full((2,), 500.0), torch.randn(2, 5, 64)), {}
+
+
+def z_image():
+    model = NextDiT(
+        in_channels=16, dim=256, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, multiple_of=32, qk_norm=True,
+        cap_feat_dim=64, axes_dims=[16, 24, 24], axes_lens=[64, 64, 64], z_image_modulation=True, time_scale=1000.0,
+        pad_tokens_multiple=32, **COMMON,
+    )  # fmt: skip
+    return model, (torch.randn(2, 16, 8, 8), torch.full((2,), 0.5), torch.randn(2, 5, 64)), {"num_tokens": 5}
+
+
+def qwen_image():
+    model = QwenImageTransformer2DModel(
+        in_channels=64, num_layers=2, attention_head_dim=64, num_attention_heads=2, joint_attention_dim=64,
+        axes_dims_rope=(16, 24, 24), **COMMON,
+    )  # fmt: skip
+    return model, (torch.randn(2, 16, 1, 8, 8), torch.full((2,), 0.5), torch.randn(2, 5, 64)), {}
+
+
+def compared(build) -> dict:
+    """Notes of a probe in inference mode, and how far its curvatures are from those of plain autograd."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        model, args, options = build()
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    linears = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
+    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
+    chosen, _, _ = select_layers(shapes, [name for name, _ in model.named_parameters()])
+    layers = {name: linears[name] for name in chosen}
+    outputs = {name: shapes[name][0] for name in layers}
+
+    notes: list[str] = []
+    found, inputs = (
+        CurvatureCollector(outputs),
+        Collector({n: shapes[n][1] for n in layers}, flow=True, covariance=None),
+    )
+    inputs.at(0.5)
+    patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model))
+    with torch.inference_mode(), found.attached(layers), inputs.attached(layers):
+        expected = model(*args, **options)
+        counted = {name: int(observer.count.sum()) for name, observer in inputs.observers.items()}
+        probing(patcher, inputs, found, notes)(model, args, options, expected)
+        again = {name: int(observer.count.sum()) for name, observer in inputs.observers.items()}
+        after = model(*args, **options)
+
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        for store in (module._parameters, module._buffers):
+            for key, value in store.items():
+                if value is not None:
+                    store[key] = value.clone()
+    plain = CurvatureCollector(outputs)
+    twins = {name: twin.get_submodule(name) for name in layers}
+    ordinary = [value.clone() for value in args]
+    more = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    with plain.attached(twins), training(), unchanged_by_later_writes():
+        plain.probe(lambda: twin(*ordinary, **more))
+    errors = {name: relative_l2(found.moments[name], plain.moments[name]) for name in found.moments}
+    return {
+        "notes": notes,
+        "probes": found.probes,
+        "missing": sorted(set(layers) - set(found.moments)),
+        "layers": len(layers),
+        "worst": max(errors.values(), default=None),
+        "restored": all(value.is_inference() for value in model.parameters())
+        and torch.equal(after, expected)
+        and not any("forward" in vars(module) for module in model.modules()),
+        "recorded_once": counted == again,
+    }
+
+
+print(json.dumps({build.__name__: compared(build) for build in (flux, wan, z_image, qwen_image)}))
