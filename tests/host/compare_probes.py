@@ -1,4 +1,4 @@
-"""Run by the host's own interpreter in the host's folder: curvatures of small models of the host's own classes, as JSON.
+"""Run by the host's own interpreter in the host's folder: curvatures of small models of the host's classes, as JSON.
 
 Built in inference mode as the host's loaders do, and probed with checkpointed blocks; beside them the same model, made
 of ordinary tensors, by plain autograd.
