@@ -178,13 +178,13 @@ def calibrate(
     curvature: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for index in range(len(plan.passes)):
-            collector, outputs = _observe(run, index, collectors[0].sigmas if collectors else [])
-            collectors.append(collector)
-            curvature |= outputs.moments
-            if plan.curvature is not None and outputs.note() not in progress.notes:
-                progress.notes.append(outputs.note())
-    settings_used = described | {"cache": run.cache(0).name}
-    result = finish(collectors[0], prints, settings_used, collectors[1:], curvature)
+            inputs, measured = _observe(run, index, collectors[0].sigmas if collectors else [])
+            collectors.append(inputs)
+            curvature |= measured.moments
+            if plan.curvature is not None and measured.note() not in progress.notes:
+                progress.notes.append(measured.note())
+    described["cache"] = run.cache(0).name
+    result = finish(collectors[0], prints, described, collectors[1:], curvature)
     return replace(result, gains=_gains(run)) if settings.sensitivity else result
 
 

@@ -92,10 +92,8 @@ def compared(build) -> dict:
     outputs = {name: shapes[name][0] for name in layers}
 
     notes: list[str] = []
-    found, inputs = (
-        CurvatureCollector(outputs),
-        Collector({n: shapes[n][1] for n in layers}, flow=True, covariance=None),
-    )
+    found = CurvatureCollector(outputs)
+    inputs = Collector({name: shapes[name][1] for name in layers}, flow=True, covariance=None)
     inputs.at(0.5)
     patcher = SimpleNamespace(model=SimpleNamespace(diffusion_model=model))
     with torch.inference_mode(), found.attached(layers), inputs.attached(layers):
