@@ -175,7 +175,9 @@ class Block(torch.autograd.Function):
             inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True)]
             # clones, for no leaf may be written into
             outputs, _ = tree_flatten(ctx.run(*[tensor.clone() for tensor in inputs]))
-            asked = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad and g is not None]
+            # the last block of some models returns None for a stream that ends there
+            pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if isinstance(y, Tensor)]
+            asked = [(y, g) for y, g in pairs if y.requires_grad and g is not None]
             if asked:
                 torch.autograd.backward([y for y, _ in asked], [g for _, g in asked])
         return None, None, None, *[tensor.grad for tensor in inputs]

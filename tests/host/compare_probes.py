@@ -25,6 +25,7 @@ import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.ldm.wan.model import WanModel  # noqa: E402
 
@@ -56,6 +57,17 @@ def flux():
     )
 
 
+def sd3():
+    model = OpenAISignatureMMDITWrapper(
+        input_size=None, in_channels=16, depth=2, adm_in_channels=64, pos_embed_max_size=16, num_patches=256,
+        pos_embed_scaling_factor=None, qk_norm="rms", context_size=64,
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+        **COMMON,
+    )  # fmt: skip
+    context, y = torch.randn(2, 5, 64), torch.randn(2, 64)
+    return model, (torch.randn(2, 16, 8, 8), torch.full((2,), 500.0), context), {"y": y}
+
+
 def wan():
     model = WanModel(dim=128, ffn_dim=256, num_heads=2, text_dim=64, in_dim=16, out_dim=16, num_layers=2, **COMMON)
     return model, (torch.randn(2, 16, 1, 8, 8), torch.full((2,), 500.0), torch.randn(2, 5, 64)), {}
@@ -83,8 +95,8 @@ def compared(build) -> dict:
     torch.manual_seed(0)
     with torch.inference_mode():
         model, args, options = build()
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn_like(parameter))
+        for value in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+            value.copy_(0.1 * torch.randn_like(value))
     linears = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     chosen, _, _ = select_layers(shapes, [name for name, _ in model.named_parameters()])
@@ -129,4 +141,4 @@ def compared(build) -> dict:
     }
 
 
-print(json.dumps({build.__name__: compared(build) for build in (flux, wan, z_image, qwen_image)}))
+print(json.dumps({build.__name__: compared(build) for build in (sd3, flux, wan, z_image, qwen_image)}))
