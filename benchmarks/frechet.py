@@ -35,7 +35,7 @@ from features import (
     perceptual_distance,
 )
 from off_grid import Method
-from quality import BASELINES, DRAWS, MODELS, WAN, calibrated, ratio_interval
+from quality import BASELINES, DRAWS, MODELS, WAN, calibrated, ratio_interval, updated, wanted
 from rivals import rivals
 from scipy import stats
 from torch import Tensor, nn
@@ -163,7 +163,10 @@ def row(label: str, figures: dict[str, Figures]) -> dict:
     return result
 
 
-def run(name: str, samples: int, steps: int, calibration_prompts: int, calibration_steps: int, wan: Path) -> dict:
+def run(
+    name: str, samples: int, steps: int, calibration_prompts: int, calibration_steps: int, wan: Path, only: str = ""
+) -> dict:
+    """only: see `wanted`; full precision is always there."""
     sampling = Sampling(steps=steps, batch=32)
     load_features()  # missing packages show before the work, not after it
     model, table, calibration = calibrated(name, wan, calibration_prompts, Sampling(steps=calibration_steps))
@@ -172,6 +175,8 @@ def run(name: str, samples: int, steps: int, calibration_prompts: int, calibrati
     figures: dict[str, Figures] = {}
     floor = None
     for label, method in methods(model, calibration):
+        if label != FLOOR and not wanted(label, only):
+            continue
         found = sampled(method, prompts, order, sampling)
         floor = found if floor is None else floor
         figures[label] = compare(method, found, reference, floor)
@@ -211,12 +216,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="16 samples, 3 steps, 4 calibration prompts: does it run?")
     parser.add_argument("--samples", type=int, help="default 640; 16 with --quick")
     parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
+    parser.add_argument("--only", default="", help="as in quality.py; name the native format of the same width too")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of --out")
     args = parser.parse_args()
     samples, steps, prompts, calibration_steps = (16, 3, 4, 3) if args.quick else (640, 12, 96, 28)
     samples = samples if args.samples is None else args.samples
     if samples < 4:
         parser.error(f"--samples {samples}: two prompts of two samples each are the least")
-    result = run(args.model, samples, steps, prompts, calibration_steps, args.wan)
+    result = run(args.model, samples, steps, prompts, calibration_steps, args.wan, args.only)
+    if args.update:
+        result = updated(json.loads(args.out.read_text()), result)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
