@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .feedback import largest_divisor
+from .observers import GOLDEN
 
 # channels whose errors answer for one another; more of them cost memory and time and bring nothing
 CURVATURE_BLOCK = 256
 # one call in so many is probed: each costs as much as two or three calls more
 PROBE_EVERY = 14
-# fractions of their multiples spread evenly, whatever number of calls a prompt has
-GOLDEN, ROOT_OF_TWO = (5**0.5 - 1) / 2, 2**0.5
+# multiples of irrational numbers spread evenly, whatever number of prompts and calls there is
+ROOT_OF_TWO = 2**0.5
 
 
 def is_probed(prompt: int, call: int, every: int = PROBE_EVERY) -> bool:

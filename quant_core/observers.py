@@ -14,6 +14,7 @@ from .schemes import hadamard_for
 CHUNK = 2**24
 # tokens of a call that its covariance is taken from, where there are twice as many: neighbours are much alike
 COVARIANCE_TOKENS = 512
+# fractions of its multiples spread evenly
 GOLDEN = (5**0.5 - 1) / 2
 
 
