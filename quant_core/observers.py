@@ -133,10 +133,11 @@ def outer_mean(x: Tensor, block: int, mean: Tensor, seed: int = 0) -> list[Tenso
     chosen = spread_tokens(x.shape[0], seed)
     whole = isinstance(chosen, slice)
     sample = x[chosen if whole else chosen.to(x.device)]
-    centre = torch.zeros((), device=x.device) if whole else sample.mean(dim=0, dtype=torch.float32)
+    centre = None if whole else sample.mean(dim=0, dtype=torch.float32)
     panels: list[Tensor] = []
     for part in chunks(sample):
-        blocks = (part.float() - centre).unflatten(1, (-1, block)).permute(1, 0, 2)  # [B, M, b]
+        moved = part.float() if centre is None else part.float() - centre
+        blocks = moved.unflatten(1, (-1, block)).permute(1, 0, 2)  # [B, M, b]
         found = [blocks[:, :, i : i + starts.step].transpose(1, 2) @ blocks[:, :, i:] for i in starts]
         panels = [total.add_(new) for total, new in zip(panels, found, strict=True)] if panels else found
     panels = [panel.mul_(1 / sample.shape[0]).cpu() for panel in panels]

@@ -1,12 +1,16 @@
 """One real ComfyUI server for all host tests of a run, and what several files look at."""
 
+import json
+import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import host_prompts as p
 import pytest
 import torch
+from host_location import ROOT
 from host_server import History, HostServer, find_host, why_no_host
 from safetensors.torch import save_file
 
@@ -19,6 +23,24 @@ LORA_LAYERS = {
     "joint_blocks.2.x_block.mlp.fc2": (256, 1024),
     "joint_blocks.3.x_block.adaLN_modulation.1": (1536, 256),
 }
+
+
+@pytest.fixture(scope="module")
+def comparison(request) -> dict:
+    """What the test module's SCRIPT prints, run by the host's own interpreter in the host's folder."""
+    host = find_host()
+    if host is None:
+        pytest.skip(f"HOST TESTS SKIPPED: {why_no_host()}")
+    done = subprocess.run(
+        [str(host.python), str(request.module.SCRIPT), str(ROOT)],
+        cwd=host.root,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def start(base: Path, **options) -> HostServer:

@@ -1,33 +1,12 @@
 """The demo's readable EmojiDiT and the host's own class are one model: the same file gives the same output."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from host_location import ROOT, find_host, why_no_host
 
 pytestmark = pytest.mark.host
 
 SCRIPT = Path(__file__).with_name("compare_reference.py")
-
-
-@pytest.fixture(scope="module")
-def comparison():
-    host = find_host()
-    if host is None:
-        pytest.skip(f"HOST TESTS SKIPPED: {why_no_host()}")
-    done = subprocess.run(
-        [str(host.python), str(SCRIPT), str(ROOT)],
-        cwd=host.root,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_one_call_agrees(comparison):
