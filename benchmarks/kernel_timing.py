@@ -4,13 +4,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import ceil, isfinite, nan
 
 import torch
 from torch import Tensor
 
-# written between calls on a GPU: no call finds its input in the cache, and the host gets ahead of the device
+# written between calls on a GPU: no call finds its input in the cache
 FLUSH_BYTES = 2**28
+# and as often as this takes: the host gets ahead of the device, whatever a call's launches cost it
+AHEAD = 1e-3
 # rounds that even a slow contender takes part in
 FEWEST = 3
 GB, TERA = 1e9, 1e12
@@ -22,6 +24,10 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self.flushes = 0
+        if self.flush is not None:
+            self.flush.zero_()
+            self.flushes = ceil(AHEAD / min(self.time(self.flush.zero_) for _ in range(5)))
 
     def time(self, run: Callable[[], object]) -> float:
         if self.flush is None:
@@ -29,7 +35,8 @@ class Clock:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        self.flush.zero_()
+        for _ in range(self.flushes):
+            self.flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

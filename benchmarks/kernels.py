@@ -35,6 +35,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one layer, few rounds: does it run?")
     parser.add_argument("--models", default="", help="only models whose name contains this, such as flux")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these numbers of tokens")
     parser.add_argument("--rounds", type=int, help="default 15; 3 with --quick")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0: all")
     parser.add_argument("--out", type=Path, required=True)
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not timed:
         print(f"error: no model with {args.models!r} in its name is timed on {args.device}", file=sys.stderr)
         return 2
+    timed = [(layer, M) for layer, M in timed if args.tokens is None or M in args.tokens]
     result = run(torch.device(args.device), timed, args.rounds or (3 if args.quick else 15), args.quick)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result) + "\n")

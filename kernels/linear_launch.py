@@ -23,7 +23,9 @@ def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N
         launch(tile)
 
 
-def launch_options(tile: Tile, K: int, correction: Tensor | None, responses: Tensor | None) -> dict:
+def launch_options(
+    tile: Tile, K: int, correction: Tensor | None, responses: Tensor | None, capability: int
+) -> dict[str, object]:
     """The constexprs that both linears share, and Triton's own options. No fused multiply-add: it has other bits."""
     even = K % (tile.block_k * tile.dots) == 0
     return {
@@ -36,6 +38,8 @@ def launch_options(tile: Tile, K: int, correction: Tensor | None, responses: Ten
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
         "PARTS": tile.parts_with(responses is not None, even),
+        "EARLY": tile.early,
+        "OPAQUE": capability > 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": False,

@@ -1,4 +1,4 @@
-"""Device side that both linear kernels share: the walk over the output's tiles, and the epilogue."""
+"""Device side that both linear kernels share: the walk over the output's tiles, and the epilogue in its two forms."""
 
 # Triton's decorators are beyond the type checker
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -30,6 +30,134 @@ def table_row(table_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOL
 
 
 @triton.jit
+def kept(x, OPAQUE: tl.constexpr):
+    """x, 32 bits each, or the bits of 16, which stay in the layout they were loaded in: one value per thread, not one
+    per output column. Compilers move conversions of layouts over that of types, so that 16 bits are to be kept as such.
+
+    OPAQUE: NVIDIA cards; elsewhere nothing is done.
+    """
+    if x.dtype.primitive_bitwidth == 16:
+        x = x.to(tl.int16, bitcast=True)
+        if OPAQUE:
+            x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
+    elif OPAQUE:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    return x
+
+
+@triton.jit
+def addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE: tl.constexpr):
+    """Bias + correction at offs_n, fp32; 0 where both are absent."""
+    total = tl.zeros(offs_n.shape, tl.float32)
+    if bias_ptr is not None:
+        total = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if correction_ptr is not None:
+        c = table_row(correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)
+        total = c if bias_ptr is None else total + c
+    return total
+
+
+@triton.jit
+def epilogue_vectors(
+    row_scale_ptr,
+    row_zero_ptr,
+    column_scale_ptr,
+    column_sum_ptr,
+    bias_ptr,
+    correction_ptr,
+    coordinates_ptr,
+    responses_ptr,
+    index_ptr,
+    fraction_ptr,
+    M,
+    N,
+    T,
+    stride_row_scale,
+    stride_row_zero,
+    first_m,
+    first_n,
+    RANK: tl.constexpr,
+    INTERPOLATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OPAQUE: tl.constexpr,
+):
+    """All that a tile's epilogue reads, to be called before the main loop: a register or two per vector and thread.
+
+    -> row scale, row zero [BLOCK_M]; column scale, sum, addend [BLOCK_N] fp32; RANK vectors of coordinates, bits of
+    bf16, and of responses, bits of fp16.
+    """
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    row_scale = kept(tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0), OPAQUE)
+    column_scale = kept(tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0), OPAQUE)
+    row_zero, column_sum = row_scale, column_scale
+    if row_zero_ptr is not None:
+        row_zero = kept(tl.load(row_zero_ptr + offs_m * stride_row_zero, mask=mask_m, other=0.0), OPAQUE)
+        column_sum = kept(tl.load(column_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32), OPAQUE)
+    added = addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)
+    coordinates = ()
+    responses = ()
+    for r in tl.static_range(RANK):
+        p = tl.load(coordinates_ptr + offs_m * RANK + r, mask=mask_m, other=0.0)
+        response = tl.load(responses_ptr + r * N + offs_n, mask=mask_n, other=0.0)
+        coordinates = coordinates + (kept(p, OPAQUE),)
+        responses = responses + (kept(response, OPAQUE),)
+    return row_scale, row_zero, column_scale, column_sum, kept(added, OPAQUE), coordinates, responses
+
+
+@triton.jit
+def plus_direction(y, p, response):
+    """y + p response; their product is exact: fused or not, the bits are the same."""
+    return tl.fma(tl.broadcast_to(p[:, None], y.shape), tl.broadcast_to(response[None, :], y.shape), y)
+
+
+@triton.jit
+def write_tile(
+    y, y_ptr, M, N, first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """y [BLOCK_M, BLOCK_N] fp32 -> its place in [M, N]."""
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    # M N may pass 2**31, a tile never does: one scalar in int64, offsets in int32
+    y_ptr += first_m.to(tl.int64) * N
+    tl.store(
+        y_ptr + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
+    )
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    vectors,
+    y_ptr,
+    M,
+    N,
+    first_m,
+    first_n,
+    ZERO: tl.constexpr,
+    ADDEND: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """acc [BLOCK_M, BLOCK_N] int32 -> y, with the results of `epilogue_vectors`; the reference's operations in its
+    order, none of them fused."""
+    row_scale, row_zero, column_scale, column_sum, added, coordinates, responses = vectors
+    y = acc.to(tl.float32)
+    if ZERO:
+        y = y - row_zero[:, None] * column_sum[None, :]
+    y = y * row_scale[:, None] * column_scale[None, :]
+    for r in tl.static_range(RANK):
+        p, response = coordinates[r].to(tl.bfloat16, bitcast=True), responses[r].to(tl.float16, bitcast=True)
+        y = plus_direction(y, p.to(tl.float32), response.to(tl.float32))
+    if ADDEND:
+        y = y + added[None, :]
+    write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def store_tile(
     acc,
     y_ptr,
@@ -56,7 +184,7 @@ def store_tile(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] int32 -> y; the fp32 operations of the reference in its order, none of them fused.
+    """acc [BLOCK_M, BLOCK_N] int32 -> y as `finish_tile`, where registers do not hold the vectors during the main loop.
 
     PARTS 2: one half of the columns after the other, for tiles whose column vectors would not fit in registers.
     """
@@ -106,17 +234,10 @@ def store_tile(
             for r in tl.range(RANK, num_stages=1, loop_unroll_factor=1):
                 p = tl.load(coordinates_ptr + offs_m * RANK + r, mask=mask_m, other=0.0).to(tl.float32)
                 response = tl.load(responses_ptr + r * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-                # their product is exact: fused or not, the bits are the same
-                p, response = tl.broadcast_to(p[:, None], y.shape), tl.broadcast_to(response[None, :], y.shape)
-                y = tl.fma(p, response, y)
-        if bias_ptr is not None:
-            y = y + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if correction_ptr is not None:
-            y = y + table_row(correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)[None, :]
-        # M N may pass 2**31, a tile never does: one scalar in int64, offsets in int32
-        y_ptr += first_m.to(tl.int64) * N
-        tl.store(
-            y_ptr + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :],
-            y.to(y_ptr.dtype.element_ty),
-            mask=mask_m[:, None] & mask_n[None, :],
-        )
+                y = plus_direction(y, p, response)
+        if bias_ptr is not None or correction_ptr is not None:
+            y = (
+                y
+                + addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)[None, :]
+            )
+        write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N)

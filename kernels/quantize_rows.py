@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import ceil
 from typing import Any
 
@@ -25,7 +26,8 @@ LONG_CONSTANTS: dict[str, Any] = {"WIDTH": 4096, "VECTOR": VECTOR, "num_warps": 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x (chunks x width) columns per step of a program; `prefetch`: the next tile is loaded meanwhile."""
+    """rows x (chunks x width) columns per step of a program; `prefetch`: the next tile is loaded meanwhile;
+    `hold_shift`: the shift stays in registers from tile to tile, else it is read anew."""
 
     rows: int
     width: int
@@ -33,6 +35,7 @@ class Tile:
     warps: int
     prefetch: bool
     registers: int
+    hold_shift: bool = True
 
     @property
     def vector(self) -> int:
@@ -48,6 +51,7 @@ class Tile:
             "PADDED": self.width * self.chunks != K,
             "VECTOR": self.vector,
             "PREFETCH": self.prefetch,
+            "HOLD_SHIFT": self.hold_shift,
             "num_warps": self.warps,
         }
 
@@ -55,14 +59,14 @@ class Tile:
     def programs_per_multiprocessor(self) -> int:
         return max(1, min(2048, REGISTER_FILE // self.registers) // (32 * self.warps))
 
-    def compiler_options(self, ranges: str, prologue: str) -> dict[str, Any]:
+    def compiler_options(self, ranges: str, prologue: str, directions: bool) -> dict[str, Any]:
         """Registers for NVIDIA's compiler, so that exactly the programs that are launched fit on a multiprocessor.
 
         Left alone it spills a few bytes to fit one more, or takes so many that one program of 8 warps fits, not two.
         Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps.
         """
         counted = prologue in ("plain", "gelu") if self.warps == 8 else (prologue, ranges) == ("plain", "static")
-        if not counted:
+        if not (counted or directions):
             return {}
         return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
 
@@ -76,37 +80,49 @@ def plan(
     prologue: str = "plain",
     directions: bool = False,
     capability: int = 0,
+    find: bool = False,
 ) -> Tile | None:
     """Tile for rows of K columns, or None where the registers do not hold a row.
 
-    tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x. Fewest
-    padded columns first, then the next tile's loads in flight, then at least 512 threads on a multiprocessor.
+    tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x; find: the
+    coordinates along the directions are found too. Fewest padded columns first, then enough warps on a multiprocessor,
+    then the next tile's loads in flight.
     """
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return None
     inputs = 2 if prologue == "swiglu" else 1
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
-        return Tile(rows=4 * 32 * VECTOR // width, width=width, chunks=1, warps=4, prefetch=True, registers=96)
+        registers = 96 + 32 * find
+        return Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=True, registers=registers)
     best, least = None, float("inf")
-    for width in (256, 512, 1024, 2048, 4096):
+    # erf takes longer than the memory
+    fetching = (True, False) if prologue != "gelu" else (False,)
+    for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, (True, False)):
+        if not hold and not (directions and tables == 2):
+            continue
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
-        # erf takes longer than the memory
-        for prefetch in (True, False) if prologue != "gelu" else (False,):
-            # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
-            columns = VECTOR * chunks
-            registers = columns * (1 + tables) + 32
-            if directions:
-                # compute capability 10 multiplies in pairs, which have to lie side by side
-                registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
-            registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
-            if registers > min(REGISTER_FILE // (32 * warps), 196):
-                continue
-            cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.1 * (registers > 128) + 0.01 * (warps > 8))
-            if cost < least:
-                rows = warps * 32 * VECTOR // width
-                best, least = Tile(rows, width, chunks, warps, prefetch, max(64, registers)), cost
+        # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
+        columns = VECTOR * chunks
+        registers = columns * (1 + tables - (not hold)) + 32
+        if directions:
+            # compute capability 10 multiplies in pairs, which have to lie side by side
+            registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
+            registers += (3 * VECTOR + 8 * (columns > 24)) * find + 8 * (not hold and width * chunks > K)
+        registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
+        if registers > min(REGISTER_FILE // (32 * warps), 168 if directions else 196):
+            continue
+        tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
+        few = (16 - min(16, tile.programs_per_multiprocessor * warps)) / 4
+        cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.15 * few + 0.15 * (not hold) + 0.01 * (warps > 8))
+        if cost < least:
+            best, least = tile, cost
     return best
+
+
+def finds(K: int, order: int, tables: int, itemsize: int, capability: int = 0) -> bool:
+    """Whether the kernel that quantizes rows of K columns can find their coordinates too."""
+    return plan(K, order, tables, itemsize, "plain", True, capability, True) is not None
 
 
 @lru_cache(maxsize=16)
@@ -160,6 +176,7 @@ def launch(
     smooth: Tensor | None = None,
     directions: Tensor | None = None,
     coordinates: Tensor | None = None,
+    find: bool = False,
     hadamard: int = 1,
     symmetric: bool = True,
     static_scale: Tensor | None = None,
@@ -167,7 +184,8 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x (and up) [M, K], last dimension contiguous -> codes [M, K], scale [M, 1], zero [M, 1] or None.
 
-    gamma, beta [B, K] serve `tokens` consecutive rows each. Everything else as in the references.
+    gamma, beta [B, K] serve `tokens` consecutive rows each. find: coordinates [M, R] are written, not read; only where
+    `finds` says so. Everything else as in the references.
     """
     from .quantize_rows_triton import quantize_long_rows, quantize_rows
 
@@ -215,7 +233,7 @@ def launch(
     with torch.cuda.device_of(x):
         tables = (shift is not None) + (smooth is not None)
         capability = capability_of(x.device)
-        tile = plan(K, hadamard, tables, x.element_size(), prologue, directions is not None, capability)
+        tile = plan(K, hadamard, tables, x.element_size(), prologue, directions is not None, capability, find)
         if M == 0:
             pass
         elif tile is not None:
@@ -230,8 +248,9 @@ def launch(
                 gamma_stride=0 if gamma is None else gamma.stride(0),
                 beta_stride=0 if beta is None else beta.stride(0),
                 eps=eps,
+                FIND=find,
                 **tile.constants(K),
-                **(tile.compiler_options(ranges, prologue) if capability else {}),
+                **(tile.compiler_options(ranges, prologue, directions is not None) if capability else {}),
             )
         else:
             quantize_long_rows[(M,)](**operands, **LONG_CONSTANTS)

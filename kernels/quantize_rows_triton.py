@@ -36,13 +36,57 @@ def prologue(chunk, up, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def less_directions(y, directions_ptr, coordinates_ptr, rows, inside, columns, K, RANK: tl.constexpr):
+def direction(directions_ptr, r, columns, K):
+    """Direction r of a table [R, K] at `columns`, fp32."""
+    v = tl.load(directions_ptr + r * K + columns, mask=columns < K, other=0.0, eviction_policy="evict_last")
+    return v.to(tl.float32)
+
+
+@triton.jit
+def less_directions(y, directions_ptr, coordinates, columns, K, RANK: tl.constexpr):
     """y [ROWS, WIDTH] - p V. Fused: p V is exact, see kernels/directions.py."""
     for r in tl.static_range(RANK):
-        p = tl.load(coordinates_ptr + rows * RANK + r, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(directions_ptr + r * K + columns, mask=columns < K, other=0.0, eviction_policy="evict_last")
-        y = tl.fma(tl.broadcast_to(-p[:, None], y.shape), tl.broadcast_to(v.to(tl.float32)[None, :], y.shape), y)
+        v = direction(directions_ptr, r, columns, K)
+        y = tl.fma(tl.broadcast_to(-coordinates[r][:, None], y.shape), tl.broadcast_to(v[None, :], y.shape), y)
     return y
+
+
+@triton.jit
+def row_sums(parts):
+    """Four tensors [ROWS, WIDTH] -> their sums over the columns, four [ROWS], in one reduction."""
+    joined = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
+    even, odd = tl.split(tl.sum(joined, axis=1))
+    first, second = tl.split(even)
+    third, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def coordinates_along(
+    shifted, inverses, directions_ptr, K,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Rows y = x - z as CHUNKS tensors -> p = y · (V / s²), RANK tensors [ROWS] bf16; four directions at a time."""
+    found = ()
+    for first in tl.static_range(0, RANK, 4):
+        parts = (tl.zeros((ROWS, WIDTH), tl.float32),) * 4
+        for chunk in tl.static_range(CHUNKS):
+            columns = chunk * WIDTH + tl.arange(0, WIDTH)
+            y = shifted[chunk]
+            if SCALED:
+                y = y * inverses[chunk] * inverses[chunk]
+            added = ()
+            for r in tl.static_range(4):
+                part = parts[r]
+                if first + r < RANK:
+                    v = direction(directions_ptr, first + r, columns, K)
+                    part = tl.fma(y, tl.broadcast_to(v[None, :], y.shape), part)
+                added = added + (part,)
+            parts = added
+        sums = row_sums(parts)
+        for r in tl.static_range(min(4, RANK - first)):
+            found = found + (sums[r].to(tl.bfloat16),)
+    return found
 
 
 # sizes that change from call to call must not compile anew; those that steer vectors stay specialised
@@ -84,11 +128,18 @@ def quantize_rows(
     PADDED: tl.constexpr,
     VECTOR: tl.constexpr,
     PREFETCH: tl.constexpr,
+    HOLD_SHIFT: tl.constexpr,
+    FIND: tl.constexpr,
 ):
-    """Whole rows: CHUNKS * WIDTH >= K. RANGE "symmetric", "asymmetric" or "static"."""
+    """Whole rows: CHUNKS * WIDTH >= K. RANGE "symmetric", "asymmetric" or "static".
+
+    FIND: the coordinates along the directions are an output, not an operand. HOLD_SHIFT: the shift stays in registers.
+    """
     index = tl.load(index_ptr)
     fraction = tl.load(fraction_ptr).to(tl.float32)
-    shifts, inverses = column_tables(shift_ptr, smooth_ptr, index, fraction, T, K, WIDTH, CHUNKS)
+    shifts, inverses = column_tables(
+        shift_ptr if HOLD_SHIFT else None, smooth_ptr, index, fraction, T, K, WIDTH, CHUNKS
+    )
     zero = tl.zeros((ROWS,), tl.float32)
     if RANGE == "static":
         value = table_value(static_scale_ptr, index, fraction, T)
@@ -130,13 +181,32 @@ def quantize_rows(
                 chunks, weight_ptr, bias_ptr, gamma_ptr, beta_ptr, tl.minimum(rows, M - 1) // tokens, K,
                 gamma_stride, beta_stride, eps, ROWS, WIDTH, CHUNKS, PROLOGUE,
             )  # fmt: skip
-        transformed = ()
+        shifted = ()
         for chunk in tl.static_range(CHUNKS):
             y = prologue(chunks[chunk], ups[chunk], PROLOGUE)
             if shift_ptr is not None:
-                y = y - shifts[chunk]
+                if HOLD_SHIFT:
+                    y = y - shifts[chunk]
+                else:
+                    columns = (chunk * WIDTH + tl.arange(0, WIDTH))[None, :]
+                    y = y - table_row(shift_ptr, index, fraction, T, K, columns, columns < K)
+            shifted = shifted + (y,)
+        coordinates = ()
+        if FIND:
+            along = coordinates_along(
+                shifted, inverses, directions_ptr, K, ROWS, WIDTH, CHUNKS, smooth_ptr is not None, RANK
+            )
+        for r in tl.static_range(RANK):
+            if FIND:
+                p = along[r]
+                tl.store(coordinates_ptr + rows * RANK + r, p, mask=inside)
+            else:
+                p = tl.load(coordinates_ptr + rows * RANK + r, mask=inside, other=0.0)
+            coordinates = coordinates + (p.to(tl.float32),)
+        transformed = ()
+        for chunk in tl.static_range(CHUNKS):
             columns = chunk * WIDTH + tl.arange(0, WIDTH)
-            y = less_directions(y, directions_ptr, coordinates_ptr, rows, inside, columns, K, RANK)
+            y = less_directions(shifted[chunk], directions_ptr, coordinates, columns, K, RANK)
             if smooth_ptr is not None:
                 y = y * inverses[chunk]
             transformed = transformed + (rotate(y, ORDER, VECTOR),)

@@ -21,7 +21,9 @@ class Tile:
     dots 2 on sm_80 to 89: Triton's prefetch of matrix operands, which unpacks int8 registers byte by byte on its way
     around the loop (500 instructions more per step), only acts on loops with one product.
     parts: pieces of the epilogue, where the whole tile's column vectors would not fit in registers.
-    descriptors: int8_linear loads through tensor descriptors (TMA): one thread asks for a block, none holds addresses.
+    early: what the epilogue reads is loaded before the main loop; `parts` is then not used.
+    descriptors: int8 operands are loaded through tensor descriptors (TMA): one thread asks for a block, none holds
+    addresses.
     """
 
     block_m: int
@@ -32,6 +34,7 @@ class Tile:
     dots: int = 1
     parts: int = 1
     group_m: int = 8
+    early: bool = False
     descriptors: bool = False
 
     def parts_with(self, directions: bool, even: bool) -> int:
@@ -82,11 +85,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int8_linear", 86): AMPERE_INT8,
     ("int8_linear", 89): AMPERE_INT8,
     ("int8_linear", 90): (
-        Tile(128, 256, 128, warps=8, stages=4, descriptors=True),
-        Tile(128, 256, 128, warps=8, stages=4),
-        Tile(128, 128, 128, warps=8, stages=4, descriptors=True),
-        Tile(128, 128, 128, warps=8, stages=4),
-        Tile(64, 128, 128, warps=4, stages=4),
+        Tile(128, 128, 128, warps=4, stages=3, early=True, descriptors=True),
+        Tile(128, 128, 128, warps=4, stages=3, early=True),
+        Tile(64, 128, 128, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4),
         Tile(16, 64, 128, warps=4, stages=5),
         Tile(16, 32, 128, warps=4, stages=5),
@@ -113,7 +114,14 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int4_linear", 80): AMPERE_INT4,
     ("int4_linear", 86): AMPERE_INT4,
     ("int4_linear", 89): AMPERE_INT4,
-    ("int4_linear", 90): TRANSPOSED_INT4,
+    ("int4_linear", 90): (
+        Tile(256, 64, 128, warps=4, stages=3, early=True, descriptors=True),
+        Tile(128, 64, 128, warps=4, stages=4, early=True, descriptors=True),
+        Tile(128, 64, 128, warps=4, stages=4, early=True),
+        Tile(64, 64, 128, warps=4, stages=4),
+        Tile(32, 64, 128, warps=4, stages=4),
+        Tile(16, 64, 128, warps=4, stages=5),
+    ),
     ("int4_linear", 100): TRANSPOSED_INT4,
     ("int4_linear", 120): AMPERE_INT4,
 }

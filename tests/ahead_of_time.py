@@ -10,6 +10,7 @@ configuration and prints a table.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import re

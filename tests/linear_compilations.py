@@ -93,11 +93,13 @@ def compilation(
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
         "PARTS": tile.parts_with(directions, not (ragged or odd)),
+        "EARLY": tile.early,
+        "OPAQUE": isinstance(capability, int),
+        "DESCRIPTORS": tile.descriptors,
     }
-    if op == "int8_linear":
-        constexprs["DESCRIPTORS"] = tile.descriptors
-        if tile.descriptors:
-            signature["a_ptr"] = f"tensordesc<i8[{tile.block_m},{tile.block_k}]>"
+    if tile.descriptors:
+        signature["a_ptr"] = f"tensordesc<i8[{tile.block_m},{tile.block_k}]>"
+        if op == "int8_linear":
             signature["w_ptr"] = f"tensordesc<i8[{tile.block_n},{tile.block_k}]>"
     if plain:
         signature = {**signature, "y_ptr": "*fp32:16"}
@@ -108,6 +110,7 @@ def compilation(
     detail = f" G{constexprs['GROUP']}" + " table" * ("table_ptr" in signature) if op == "int4_linear" else ""
     blocks = (
         f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages} d{tile.dots}"
+        + " early" * tile.early
         + " tma" * tile.descriptors
     )
     return Compilation(

@@ -3,7 +3,7 @@
 from itertools import product
 
 from ahead_of_time import CAPABILITIES, Compilation
-from dit_quant.kernels.quantize_rows import LONG_CONSTANTS, plan
+from dit_quant.kernels.quantize_rows import LONG_CONSTANTS, finds, plan
 
 MODULE = "dit_quant.kernels.quantize_rows_triton"
 TENSORS = (
@@ -15,7 +15,12 @@ FIXED = {"index": "*i64", "fraction": "*fp32", "codes": "*i8", "scale": "*fp32"}
 # tables that the presets store: (shift, smooth)
 COLUMNS = {"shift": "*fp16", "smooth": "*fp16"}
 DIRECTIONS = {"directions": "*fp16", "coordinates": "*bf16"}
-TABLES = {"plain": {}, "tables": COLUMNS, "directions": COLUMNS | DIRECTIONS}
+TABLES = {
+    "plain": {},
+    "tables": COLUMNS,
+    "directions": COLUMNS | DIRECTIONS,
+    "finding directions": COLUMNS | DIRECTIONS,
+}
 RANK = 4
 
 
@@ -31,20 +36,21 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     if prologue in ("layer", "rms"):
         present |= {"gamma": f"*{dtype}", "beta": f"*{dtype}"}
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
-    tile = plan(K, order, len(TABLES[tables].keys() & COLUMNS), itemsize, prologue, tables == "directions", capability)
+    directions, find = "directions" in tables, tables.startswith("finding")
+    tile = plan(K, order, len(TABLES[tables].keys() & COLUMNS), itemsize, prologue, directions, capability, find)
     long = tile is None
     pointers = [name for name in POINTERS if not (long and name in ("weight", "bias", "gamma", "beta"))]
     signature = {f"{name}_ptr": f"{present[name]}:16" for name in pointers if name in present}
     constexprs: dict[str, object] = {f"{name}_ptr": None for name in pointers if name not in present}
     signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16", "up_stride": "i32:16"}
-    constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": RANK * (tables == "directions")}
+    constexprs |= {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": RANK * directions}
     options: dict[str, object] = {"enable_fp_fusion": False}
     if tile is None:
         constexprs |= LONG_CONSTANTS
     else:
         signature |= {"tokens": "i32", "gamma_stride": "i32:16", "beta_stride": "i32:16", "eps": "fp32"}
-        constexprs |= tile.constants(K)
-        options |= tile.compiler_options(ranges, prologue)
+        constexprs |= tile.constants(K) | {"FIND": find}
+        options |= tile.compiler_options(ranges, prologue, directions)
     options["num_warps"] = constexprs.pop("num_warps")
     return Compilation(
         name=f"{prologue} {dtype} K{K} H{order} {ranges} {tables}",
@@ -69,7 +75,7 @@ def coordinates_compilation(K, capability, dtype="bf16"):
     }
     signature = {f"{name}_ptr": f"{kind}:16" for name, kind in present.items()}
     signature |= {"M": "i32", "T": "i32", "K": "i32:16", "x_stride": "i32:16"}
-    sizes = {"RANK": RANK, "PADDED": 16, "BLOCK_M": 32, "BLOCK_K": 128, "PRECISION": "tf32"}
+    sizes = {"RANK": RANK, "ROWS": 2, "WIDTH": 1024}
     return Compilation(
         name=f"coordinates {dtype} K{K}",
         module="dit_quant.kernels.quantize_along.triton_impl",
@@ -77,7 +83,7 @@ def coordinates_compilation(K, capability, dtype="bf16"):
         signature=signature,
         constexprs=sizes,
         capability=capability,
-        options={"num_warps": 4, "num_stages": 3},
+        options={"num_warps": 4},
     )
 
 
@@ -90,7 +96,9 @@ def compilations(all: bool = False):
                 ("symmetric", "asymmetric", "static"),
                 TABLES,
             ):
-                if tables == "directions" and ranges != "asymmetric":
+                if "directions" in tables and ranges != "asymmetric":
+                    continue
+                if tables.startswith("finding") and not finds(K, 256, 2, 2, capability):
                     continue
                 order = max(n for n in (1, 64, 256) if K % n == 0)
                 for block, dtype in product((1, order), ("bf16", "fp32")):

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..int8_linear.triton_impl import TensorDescriptor, descriptor
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
-from ..linear_triton import store_tile, tile_position
+from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
 from ..tiles import Tile, family_of
 from ..triton_device import capability_of
 from .decode_triton import decode_tile
@@ -57,70 +58,72 @@ def int4_linear_kernel(
     GROUP_M: tl.constexpr,
     DOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+    OPAQUE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One tile of y [M, N] = epilogue(a [M, K] decoded(w)ᵀ), w [N, K / 8] int32 words of 8 codes.
 
-    TRANSPOSED: the product is w aᵀ, see TRANSPOSED_FAMILIES.
+    TRANSPOSED: the product is w aᵀ, see TRANSPOSED_FAMILIES. EARLY as in int8_linear; DESCRIPTORS too, of a alone.
     """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    if EARLY:
+        vectors = epilogue_vectors(
+            row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr, coordinates_ptr,
+            responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero, first_m, first_n,
+            RANK, INTERPOLATE, BLOCK_M, BLOCK_N, OPAQUE,
+        )  # fmt: skip
     LEVELS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
     offs_k = tl.arange(0, BLOCK_K)
     offs_word = tl.arange(0, BLOCK_K // 8)
     # rows past the end are read from the last row and never stored: no mask in the loop
-    rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     rows_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     stride_w = K // 8
     stride_levels = tl.multiple_of(K // GROUP, LEVEL_ALIGNMENT)
-    a_ptr += first_m.to(tl.int64) * K
+    if not DESCRIPTORS:
+        rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+        a_ptr += first_m.to(tl.int64) * K
+        offs_a = rows_a[:, None] * K + offs_k[None, :]
     w_ptr += first_n.to(tl.int64) * stride_w
     levels_ptr += tl.multiple_of(first_n.to(tl.int64) * stride_levels, LEVEL_ALIGNMENT)
-    offs_a = rows_a[:, None] * K + offs_k[None, :]
     offs_w = rows_w[:, None] * stride_w + offs_word[None, :]
     offs_levels = rows_w[:, None] * stride_levels + tl.arange(0, LEVELS)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K * DOTS):
         for dot in tl.static_range(DOTS):
             k = start + dot * BLOCK_K
-            if EVEN_K:
-                a, words = tl.load(a_ptr + offs_a), tl.load(w_ptr + offs_w)
-                levels = tl.load(levels_ptr + k // GROUP + offs_levels)
+            if DESCRIPTORS:
+                a = a_ptr.load([first_m, k])
+            elif EVEN_K:
+                a = tl.load(a_ptr + offs_a)
             else:
                 a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < K - k, other=0)
+            if EVEN_K:
+                words = tl.load(w_ptr + offs_w)
+                levels = tl.load(levels_ptr + k // GROUP + offs_levels)
+            else:
                 words = tl.load(w_ptr + offs_w, mask=offs_word[None, :] < (K - k) // 8, other=0)
                 inside = tl.arange(0, LEVELS)[None, :] < stride_levels - k // GROUP
                 levels = tl.load(levels_ptr + k // GROUP + offs_levels, mask=inside, other=0)
             w = decode_tile(words, levels, table_ptr, BLOCK_N, BLOCK_K, PERMUTE, not TRANSPOSED)
             left, right = (w, a.T) if TRANSPOSED else (a, w.T)
             acc = tl.dot(left, right, acc, out_dtype=tl.int32)
-            a_ptr += BLOCK_K
+            if not DESCRIPTORS:
+                a_ptr += BLOCK_K
             w_ptr += BLOCK_K // 8
-    store_tile(
-        acc.T if TRANSPOSED else acc,
-        y_ptr,
-        row_scale_ptr,
-        row_zero_ptr,
-        column_scale_ptr,
-        column_sum_ptr,
-        bias_ptr,
-        correction_ptr,
-        coordinates_ptr,
-        responses_ptr,
-        index_ptr,
-        fraction_ptr,
-        M,
-        N,
-        T,
-        stride_row_scale,
-        stride_row_zero,
-        first_m,
-        first_n,
-        RANK,
-        INTERPOLATE,
-        BLOCK_M,
-        BLOCK_N,
-        PARTS,
-    )
+    if TRANSPOSED:
+        acc = acc.T
+    if EARLY:
+        ZERO: tl.constexpr = row_zero_ptr is not None
+        ADDEND: tl.constexpr = bias_ptr is not None or correction_ptr is not None
+        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N)
+    else:
+        store_tile(
+            acc, y_ptr, row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr,
+            coordinates_ptr, responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero,
+            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS,
+        )  # fmt: skip
 
 
 def refusal(
@@ -162,7 +165,7 @@ def int4_linear(
 
     Bit for bit the same wherever the decoded codes lie within int8, as every encoder makes them.
     """
-    a = a.contiguous()
+    a = aligned(a)
     (M, K), (N, G) = a.shape, levels.shape
     group = K // G
     if packed.shape != (N, K // 2) or group not in GROUP_SIZES or group * G != K:
@@ -181,8 +184,9 @@ def int4_linear(
     transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
 
     def launch(tile: Tile) -> None:
+        descriptors = tile.descriptors and TensorDescriptor is not None
         int4_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            a,
+            descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
             words,
             levels,
             lookup,
@@ -197,7 +201,8 @@ def int4_linear(
             LEVEL_ALIGNMENT=math.gcd(G, 16),
             TRANSPOSED=transposed,
             PERMUTE=permute,
-            **launch_options(tile, K, correction, responses),
+            DESCRIPTORS=descriptors,
+            **launch_options(tile, K, correction, responses, capability),
         )
 
     if y.numel():

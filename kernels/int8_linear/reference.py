@@ -36,7 +36,7 @@ def epilogue(
     fraction: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """accumulator [M, N] int32 -> row scale * column scale * (acc - zero * column sum) + p B + b + c(sigma)."""
+    """accumulator [M, N] int32 -> row scale * column scale * (acc - zero * column sum) + p B + (b + c(sigma))."""
     y = accumulator.float()
     if row_zero is not None:
         if column_sum is None:
@@ -46,11 +46,11 @@ def epilogue(
     check(coordinates, responses, *y.shape)
     if coordinates is not None and responses is not None:
         y = along(y, coordinates, responses)
-    if bias is not None:
-        y = y + bias.float()
+    addend = None if bias is None else bias.float()
     if correction is not None:
-        y = y + lerp_rows(correction, index, fraction)
-    return y.to(dtype)
+        c = lerp_rows(correction, index, fraction)
+        addend = c if addend is None else addend + c
+    return (y if addend is None else y + addend).to(dtype)
 
 
 def int8_linear(

@@ -15,9 +15,9 @@ except ImportError:  # Triton before 3.3: the same tiles without the copy engine
     TensorDescriptor: Any = None
 
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
-from ..linear_triton import store_tile, tile_position
+from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
 from ..tiles import Tile
-from ..triton_device import device_refusal
+from ..triton_device import capability_of, device_refusal
 
 # 127**2 K < 2**31
 MAX_K = 2**17
@@ -55,14 +55,23 @@ def int8_linear_kernel(
     GROUP_M: tl.constexpr,
     DOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+    OPAQUE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """One tile of y [M, N] = epilogue(a [M, K] w [N, K]ᵀ); an absent operand is None.
 
+    EARLY: what the epilogue reads is loaded before the main loop, which hides how long that takes.
     DESCRIPTORS: a and w come as tensor descriptors, and the copy engine of Hopper and later fills shared memory.
     """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    if EARLY:
+        vectors = epilogue_vectors(
+            row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr, coordinates_ptr,
+            responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero, first_m, first_n,
+            RANK, INTERPOLATE, BLOCK_M, BLOCK_N, OPAQUE,
+        )  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     if DESCRIPTORS:
         for k in range(0, K, BLOCK_K):
@@ -86,32 +95,16 @@ def int8_linear_kernel(
                 acc = tl.dot(a, w, acc, out_dtype=tl.int32)
                 a_ptr += BLOCK_K
                 w_ptr += BLOCK_K
-    store_tile(
-        acc,
-        y_ptr,
-        row_scale_ptr,
-        row_zero_ptr,
-        column_scale_ptr,
-        column_sum_ptr,
-        bias_ptr,
-        correction_ptr,
-        coordinates_ptr,
-        responses_ptr,
-        index_ptr,
-        fraction_ptr,
-        M,
-        N,
-        T,
-        stride_row_scale,
-        stride_row_zero,
-        first_m,
-        first_n,
-        RANK,
-        INTERPOLATE,
-        BLOCK_M,
-        BLOCK_N,
-        PARTS,
-    )
+    if EARLY:
+        ZERO: tl.constexpr = row_zero_ptr is not None
+        ADDEND: tl.constexpr = bias_ptr is not None or correction_ptr is not None
+        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N)
+    else:
+        store_tile(
+            acc, y_ptr, row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr,
+            coordinates_ptr, responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero,
+            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS,
+        )  # fmt: skip
 
 
 def refusal(
@@ -158,6 +151,7 @@ def int8_linear(
         row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
     )
     strides = row_stride(row_scale), row_stride(row_zero)
+    capability = capability_of(a.device)
 
     def launch(tile: Tile) -> None:
         descriptors = tile.descriptors and TensorDescriptor is not None
@@ -172,7 +166,7 @@ def int8_linear(
             groups_of(correction),
             *strides,
             DESCRIPTORS=descriptors,
-            **launch_options(tile, K, correction, responses),
+            **launch_options(tile, K, correction, responses, capability),
         )
 
     if y.numel():

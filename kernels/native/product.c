@@ -190,7 +190,7 @@ INLINE void pack_panel(const Product *product, int64_t n, int bits, uint8_t *out
 static void pack_panel8(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 8, out, first); }
 static void pack_panel4(const Product *p, int64_t n, uint8_t *out, int32_t *first) { pack_panel(p, n, 4, out, first); }
 
-// row scale * column scale * (sum - zero * column sum) + p B + b + c, in the order of the reference, of one half
+// row scale * column scale * (sum - zero * column sum) + p B + (b + c), in the order of the reference, of one half
 // of a tile: rows m and following, columns n and following
 INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, int64_t rows, const int count,
                    __m512i sum[][2], int half) {
@@ -198,8 +198,11 @@ INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, i
     __mmask16 mask = first_lanes(p->N - n);
     __m512 none = _mm512_setzero_ps(), scale = _mm512_maskz_loadu_ps(mask, p->column_scale + n);
     __m512 column = p->row_zero ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, p->column_sum + n)) : none;
-    __m512 bias = p->bias ? _mm512_maskz_loadu_ps(mask, p->bias + n) : none;
-    __m512 correction = p->correction ? _mm512_maskz_loadu_ps(mask, p->correction + n) : none;
+    __m512 addend = p->bias ? _mm512_maskz_loadu_ps(mask, p->bias + n) : none;
+    if (p->correction) {
+        __m512 correction = _mm512_maskz_loadu_ps(mask, p->correction + n);
+        addend = p->bias ? _mm512_add_ps(addend, correction) : correction;
+    }
     __m512 y[TILE_M];
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
@@ -217,8 +220,7 @@ INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, i
 #pragma GCC unroll 12
     for (int i = 0; i < count; i++) {
         if (i >= rows) break;
-        if (p->bias) y[i] = _mm512_add_ps(y[i], bias);
-        if (p->correction) y[i] = _mm512_add_ps(y[i], correction);
+        if (p->bias || p->correction) y[i] = _mm512_add_ps(y[i], addend);
         store_lanes(p->y, p->dtype, (m + i) * p->N + n, mask, y[i]);
     }
 }

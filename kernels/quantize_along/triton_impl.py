@@ -1,4 +1,4 @@
-"""Coordinates on tensor cores: one read of x, in products of TF32, which has three bits more than the result."""
+"""Coordinates and codes in one kernel; where a row and its sums do not fit in registers, in two."""
 
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..directions import MOST
 from ..quantize_activation.triton_impl import quantize_activation, refusal
+from ..quantize_rows import contiguous, finds, launch
+from ..quantize_rows_triton import direction, row_sums
 from ..quantizing_triton import table_row
+from ..triton_device import capability_of
 
 __all__ = ["coordinates", "quantize_along", "refusal"]
 
-# the narrowest product that tensor cores have: directions are padded to it
-LEAST = 16
-BLOCK_M, BLOCK_K, WARPS, STAGES = 32, 128, 4, 3
-# few AMD cards have TF32
-PRECISION = "ieee" if torch.version.hip else "tf32"
+# every table is read once for two rows; a row's 16-byte loads of all four warps lie side by side
+ROWS, WIDTH, WARPS = 2, 1024, 4
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -36,58 +36,55 @@ def coordinates_kernel(
     T,
     x_stride,
     RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """BLOCK_M rows of p = ((x - z) / s) · (V / s)."""
+    """ROWS rows of p = ((x - z) / s) · (V / s): a stream of columns, four directions at a time."""
     index = tl.load(index_ptr)
     fraction = tl.load(fraction_ptr).to(tl.float32)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.arange(0, PADDED)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < M
     x_ptr += rows.to(tl.int64)[:, None] * x_stride
-    total = tl.zeros((BLOCK_M, PADDED), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        within = columns < K
-        x = tl.load(x_ptr + columns[None, :], mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
-        if shift_ptr is not None:
-            x = x - table_row(shift_ptr, index, fraction, T, K, columns, within)[None, :]
-        v = tl.load(
-            directions_ptr + ranks[None, :] * K + columns[:, None],
-            mask=within[:, None] & (ranks < RANK)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if smooth_ptr is not None:
-            s = tl.load(smooth_ptr + columns, mask=within, other=1.0).to(tl.float32)
-            v = v * tl.div_rn(1.0, s * s)[:, None]
-        total = tl.dot(x, v, total, input_precision=PRECISION)
-    tl.store(
-        found_ptr + rows[:, None] * RANK + ranks[None, :],
-        total.to(tl.bfloat16),
-        mask=inside[:, None] & (ranks < RANK)[None, :],
-    )
+    for first in tl.static_range(0, RANK, 4):
+        p0 = tl.zeros((ROWS, WIDTH), tl.float32)
+        p1, p2, p3 = p0, p0, p0
+        for start in range(0, K, WIDTH):
+            columns = start + tl.arange(0, WIDTH)
+            within = columns < K
+            y = tl.load(x_ptr + columns[None, :], mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                y = y - table_row(shift_ptr, index, fraction, T, K, columns, within)[None, :]
+            if smooth_ptr is not None:
+                s = tl.load(smooth_ptr + columns, mask=within, other=1.0, eviction_policy="evict_last").to(tl.float32)
+                y = y * (1.0 / (s * s))[None, :]
+            p0 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first, columns, K)[None, :], y.shape), p0)
+            if first + 1 < RANK:
+                p1 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 1, columns, K)[None, :], y.shape), p1)
+            if first + 2 < RANK:
+                p2 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 2, columns, K)[None, :], y.shape), p2)
+            if first + 3 < RANK:
+                p3 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 3, columns, K)[None, :], y.shape), p3)
+        sums = row_sums((p0, p1, p2, p3))
+        for r in tl.static_range(4):
+            if first + r < RANK:
+                tl.store(found_ptr + rows * RANK + first + r, sums[r].to(tl.bfloat16), mask=inside)
 
 
 def coordinates(
     x: Tensor, directions: Tensor, shift: Tensor | None, smooth: Tensor | None, index: Tensor, fraction: Tensor
 ) -> Tensor:
-    """As the reference, but for the order of the sums and the rounding of what is multiplied."""
+    """As the reference, but for the order of the sums."""
     (M, K), R = x.shape, len(directions)
-    if R > MOST or directions.shape[1] != K:
-        raise ValueError(f"directions {tuple(directions.shape)} are not [at most {MOST}, {K}]")
+    check(directions, K)
     x = x if x.stride(1) == 1 else x.contiguous()
-    shift, smooth = (None if t is None else t.contiguous() for t in (shift, smooth))
     found = torch.empty((M, R), dtype=torch.bfloat16, device=x.device)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         if found.numel():
-            coordinates_kernel[(triton.cdiv(M, BLOCK_M),)](
+            coordinates_kernel[(triton.cdiv(M, ROWS),)](
                 x,
                 directions.contiguous(),
-                shift,
-                smooth,
+                contiguous(shift),
+                contiguous(smooth),
                 index,
                 fraction.to(x.device),
                 found,
@@ -96,12 +93,9 @@ def coordinates(
                 1 if shift is None else shift.shape[0],
                 x.stride(0),
                 RANK=R,
-                PADDED=LEAST,
-                BLOCK_M=BLOCK_M,
-                BLOCK_K=BLOCK_K,
-                PRECISION=PRECISION,
+                ROWS=ROWS,
+                WIDTH=WIDTH,
                 num_warps=WARPS,
-                num_stages=STAGES,
             )
     return found
 
@@ -117,7 +111,18 @@ def quantize_along(
     hadamard: int = 1,
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """As the reference: two kernels, of which the second finds x in the card's cache."""
-    p = coordinates(x, directions, shift, smooth, index, fraction)
+    """As the reference: one kernel that reads x once, or two, of which the second finds x in the card's cache."""
+    (M, K), R = x.shape, len(directions)
+    check(directions, K)
     given = {"index": index, "fraction": fraction, "shift": shift, "smooth": smooth, "hadamard": hadamard}
+    tables = (shift is not None) + (smooth is not None)
+    if finds(K, hadamard, tables, x.element_size(), capability_of(x.device)):
+        p = torch.empty((M, R), dtype=torch.bfloat16, device=x.device)
+        return *launch(x, directions=directions, coordinates=p, symmetric=symmetric, find=True, **given), p
+    p = coordinates(x, directions, shift, smooth, index, fraction)
     return *quantize_activation(x, directions=directions, coordinates=p, symmetric=symmetric, **given), p
+
+
+def check(directions: Tensor, K: int) -> None:
+    if len(directions) > MOST or directions.shape[1] != K:
+        raise ValueError(f"directions {tuple(directions.shape)} are not [at most {MOST}, {K}]")

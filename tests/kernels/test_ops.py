@@ -6,6 +6,7 @@ from dit_quant.kernels import dispatch, int4_linear, int8_linear, ops, quantize_
 from dit_quant.kernels.backends import BACKENDS
 from dit_quant.kernels.int4_linear.reference import int4_linear as int4_reference
 from dit_quant.kernels.int8_linear.reference import int8_linear as int8_reference
+from dit_quant.kernels.int8_linear.torch_impl import int_mm_is_exact
 from dit_quant.kernels.numerics import pack_int4, pack_levels
 from dit_quant.kernels.quantize_activation.reference import quantize_activation as quantize_reference
 from dit_quant.quant_core.linear import QuantizedLinear, QuantLinear
@@ -253,6 +254,8 @@ def test_no_value_is_read_back(kind, dtype):
     # on a CPU, where nothing waits, the torch quantizer looks whether an asymmetric code passed 127
     backend = "reference" if kind in ("int8 asymmetric", "int8 directions") else "torch"
     module = QuantLinear(layer(kind, SMOOTH_GROUPS), torch.ones(N, dtype=dtype), state, 0, backend)
+    # once per process it is looked whether torch's product is exact
+    int_mm_is_exact(torch.device("cpu"))
     with NothingReadBack():
         for sigma in (torch.tensor([0.9]), torch.tensor([0.2])):
             state.update(sigma)

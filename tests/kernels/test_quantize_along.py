@@ -26,6 +26,13 @@ def implementation(name: str, M: int, K: int):
     return {"torch": torch_impl, "reference": reference}[name]
 
 
+@pytest.fixture
+def place(request, device) -> torch.device:
+    """Where a test's tensors belong: those of C, and of tests that name no backend, on the CPU."""
+    backend = getattr(request.node, "callspec", None)
+    return torch.device("cpu") if backend is None or backend.params.get("backend") == "native" else device
+
+
 def tables(K: int, R: int, seed: int = 0, device="cpu") -> dict[str, Tensor]:
     """Directions that are orthonormal once divided by `smooth`, and the group that all tests look up."""
     random = torch.Generator().manual_seed(seed + K)
@@ -65,8 +72,8 @@ def assert_codes_fit_their_coordinates(found, x: Tensor, given: dict, **options)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "K", "R"), CASES)
-def test_codes_fit_the_coordinates_and_these_the_definition(M, K, R, dtype, symmetric, backend, device):
-    run, given = implementation(backend, M, K), tables(K, R, device=device)
+def test_codes_fit_the_coordinates_and_these_the_definition(M, K, R, dtype, symmetric, backend, place):
+    run, given = implementation(backend, M, K), tables(K, R, device=place)
     x = tokens(M, K, given, dtype)
     found = run.quantize_along(x, **given, symmetric=symmetric)
     assert_codes_fit_their_coordinates(found, x, given, symmetric=symmetric)
@@ -79,8 +86,8 @@ def test_codes_fit_the_coordinates_and_these_the_definition(M, K, R, dtype, symm
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize(("K", "order"), [(100, 4), (48, 16), (192, 64), (512, 256)])
-def test_rotations_have_the_definitions_bits(K, order, backend, device):
-    run, given = implementation(backend, 9, K), tables(K, 3, device=device)
+def test_rotations_have_the_definitions_bits(K, order, backend, place):
+    run, given = implementation(backend, 9, K), tables(K, 3, device=place)
     x = tokens(9, K, given)
     assert_codes_fit_their_coordinates(
         run.quantize_along(x, **given, hadamard=order, symmetric=False), x, given, hadamard=order, symmetric=False
@@ -89,10 +96,10 @@ def test_rotations_have_the_definitions_bits(K, order, backend, device):
 
 @pytest.mark.parametrize("absent", ["shift", "smooth"])
 @pytest.mark.parametrize("backend", ["reference", "torch", "native", "triton"])
-def test_shift_and_scale_may_be_absent(backend, absent, device):
-    run, given = implementation(backend, 9, 48), tables(48, 2, device=device)
+def test_shift_and_scale_may_be_absent(backend, absent, place):
+    run, given = implementation(backend, 9, 48), tables(48, 2, device=place)
     given.pop(absent)
-    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(0)).to(place)
     found = run.quantize_along(x, **given)
     assert_codes_fit_their_coordinates(found, x, given)
     wanted = reference.coordinates(x, given["directions"], given.get("shift"), given.get("smooth"), *_group(given))
@@ -104,9 +111,9 @@ def _group(given):
 
 
 @pytest.mark.parametrize("backend", ["torch", "native", "triton"])
-def test_a_row_too_long_for_registers_and_rows_apart(backend, device):
+def test_a_row_too_long_for_registers_and_rows_apart(backend, place):
     run = implementation(backend, 3, 15872)
-    given = tables(15872, 2, device=device)
+    given = tables(15872, 2, device=place)
     x = tokens(6, 15872, given, torch.bfloat16)[::2]
     assert_codes_fit_their_coordinates(run.quantize_along(x, **given, symmetric=False), x, given, symmetric=False)
 
