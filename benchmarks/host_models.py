@@ -79,6 +79,7 @@ def _flux(depth: int, dtype: torch.dtype) -> torch.nn.Module:
         theta=10000,
         qkv_bias=True,
         guidance_embed=True,
+        txt_ids_dims=[],
         dtype=dtype,
         operations=comfy.ops.disable_weight_init,
     )

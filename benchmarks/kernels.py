@@ -12,9 +12,10 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from dit_quant.demo.__main__ import machine, versions
@@ -54,26 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no model with {args.models!r} in its name is timed on {args.device}", file=sys.stderr)
         return 2
     timed = [(layer, M) for layer, M in timed if args.tokens is None or M in args.tokens]
-    result = run(torch.device(args.device), timed, args.rounds or (3 if args.quick else 15), args.quick)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result) + "\n")
+    result = {}
+    # written after every layer: what a lent machine has measured is not lost with it
+    for result in run(torch.device(args.device), timed, args.rounds or (3 if args.quick else 15), args.quick):
+        args.out.write_text(json.dumps(result) + "\n")
     print(text(result))
     return 1 if result["failed"] else 0
 
 
 @torch.inference_mode()
-def run(device: torch.device, timed: list[tuple[Layer, int]], rounds: int, quick: bool = False) -> dict:
+def run(
+    device: torch.device, timed: list[tuple[Layer, int]], rounds: int, quick: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The result so far, after every row."""
     clock, dtypes = Clock(device), DTYPES[device.type]
     checks = check_all(device, dtypes)
     for label, reason in checks.failed.items():
         print(f"FAILED, not timed: {label}: {reason}", file=sys.stderr)
     roofline = measure_roofline(clock, quick)
-    rows = []
-    for layer, M in timed:
-        for dtype in dtypes:
-            rows.append(measure(Problem.random(layer, M, dtype, device), clock, checks, roofline, rounds))
-            print(line(rows[-1]), file=sys.stderr, flush=True)
-    return {
+    result: dict[str, Any] = {
         "machine": machine() | device_facts(device),
         "versions": versions() | of_kernels(),
         "commit": commit(),
@@ -82,8 +83,13 @@ def run(device: torch.device, timed: list[tuple[Layer, int]], rounds: int, quick
         "passed": sorted(f"{op}, {backend}" for op, backend in checks.passed),
         "refused": checks.refused,
         "failed": checks.failed,
-        "rows": rows,
+        "rows": [],
     }
+    for layer, M in timed:
+        for dtype in dtypes:
+            result["rows"].append(measure(Problem.random(layer, M, dtype, device), clock, checks, roofline, rounds))
+            print(line(result["rows"][-1]), file=sys.stderr, flush=True)
+            yield result
 
 
 def measure(problem: Problem, clock: Clock, checks, roofline: Roofline, rounds: int) -> dict:

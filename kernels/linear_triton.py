@@ -1,7 +1,9 @@
 """Device side that both linear kernels share: the walk over the output's tiles, and the epilogue in its two forms."""
 
 # Triton's decorators are beyond the type checker
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+# ruff: noqa: RUF005 (the compiler knows no starred tuples)
 import triton
 import triton.language as tl
 
@@ -114,17 +116,20 @@ def plus_direction(y, p, response):
 
 @triton.jit
 def write_tile(
-    y, y_ptr, M, N, first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    y, y_ptr, M, N, first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
-    """y [BLOCK_M, BLOCK_N] fp32 -> its place in [M, N]."""
-    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    # M N may pass 2**31, a tile never does: one scalar in int64, offsets in int32
-    y_ptr += first_m.to(tl.int64) * N
-    tl.store(
-        y_ptr + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
-    )
+    """y [BLOCK_M, BLOCK_N] fp32 -> its place in [M, N]. STORE: y_ptr is a descriptor, and the copy engine writes."""
+    if STORE:
+        y_ptr.store([first_m, first_n], y.to(y_ptr.dtype))
+    else:
+        offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        # M N may pass 2**31, a tile never does: one scalar in int64, offsets in int32
+        y_ptr += first_m.to(tl.int64) * N
+        tl.store(
+            y_ptr + tl.arange(0, BLOCK_M)[:, None] * N + offs_n[None, :],
+            y.to(y_ptr.dtype.element_ty),
+            mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
+        )
 
 
 @triton.jit
@@ -141,6 +146,7 @@ def finish_tile(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_N] int32 -> y, with the results of `epilogue_vectors`; the reference's operations in its
     order, none of them fused."""
@@ -154,7 +160,7 @@ def finish_tile(
         y = plus_direction(y, p.to(tl.float32), response.to(tl.float32))
     if ADDEND:
         y = y + added[None, :]
-    write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N)
+    write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N, STORE)
 
 
 @triton.jit
@@ -183,6 +189,7 @@ def store_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """acc [BLOCK_M, BLOCK_N] int32 -> y as `finish_tile`, where registers do not hold the vectors during the main loop.
 
@@ -217,6 +224,7 @@ def store_tile(
                 BLOCK_M,
                 HALF,
                 PARTS // 2,
+                STORE,
             )
     else:
         offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -240,4 +248,4 @@ def store_tile(
                 y
                 + addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)[None, :]
             )
-        write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N)
+        write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N, STORE)

@@ -59,14 +59,14 @@ class Tile:
     def programs_per_multiprocessor(self) -> int:
         return max(1, min(2048, REGISTER_FILE // self.registers) // (32 * self.warps))
 
-    def compiler_options(self, ranges: str, prologue: str, directions: bool) -> dict[str, Any]:
+    def compiler_options(self, ranges: str, prologue: str, find: bool) -> dict[str, Any]:
         """Registers for NVIDIA's compiler, so that exactly the programs that are launched fit on a multiprocessor.
 
         Left alone it spills a few bytes to fit one more, or takes so many that one program of 8 warps fits, not two.
         Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps.
         """
         counted = prologue in ("plain", "gelu") if self.warps == 8 else (prologue, ranges) == ("plain", "static")
-        if not (counted or directions):
+        if not (counted or find):
             return {}
         return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
 
@@ -85,8 +85,8 @@ def plan(
     """Tile for rows of K columns, or None where the registers do not hold a row.
 
     tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x; find: the
-    coordinates along the directions are found too. Fewest padded columns first, then enough warps on a multiprocessor,
-    then the next tile's loads in flight.
+    coordinates along the directions are found too. Fewest padded columns first, then the next tile's loads in flight,
+    then at least 512 threads on a multiprocessor.
     """
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return None
@@ -99,7 +99,7 @@ def plan(
     # erf takes longer than the memory
     fetching = (True, False) if prologue != "gelu" else (False,)
     for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, (True, False)):
-        if not hold and not (directions and tables == 2):
+        if not hold and not (find and tables == 2):
             continue
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
@@ -108,13 +108,18 @@ def plan(
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
             registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
-            registers += (3 * VECTOR + 8 * (columns > 24)) * find + 8 * (not hold and width * chunks > K)
+        if find:
+            registers += 3 * VECTOR + 8 * (columns > 24) + 8 * (width * chunks > K)
+            # rows side by side in a program; the widest rows on compute capability 8
+            registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 == 8 and columns > 56)
         registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
-        if registers > min(REGISTER_FILE // (32 * warps), 168 if directions else 196):
+        if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue
         tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
-        few = (16 - min(16, tile.programs_per_multiprocessor * warps)) / 4
-        cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.15 * few + 0.15 * (not hold) + 0.01 * (warps > 8))
+        # sums over a row want registers more than they want warps
+        idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
+        crowded = 0.0075 * idle if find else 0.1 * (registers > 128)
+        cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
         if cost < least:
             best, least = tile, cost
     return best
@@ -248,9 +253,8 @@ def launch(
                 gamma_stride=0 if gamma is None else gamma.stride(0),
                 beta_stride=0 if beta is None else beta.stride(0),
                 eps=eps,
-                FIND=find,
-                **tile.constants(K),
-                **(tile.compiler_options(ranges, prologue, directions is not None) if capability else {}),
+                **(tile.constants(K) | {"FIND": find}),
+                **(tile.compiler_options(ranges, prologue, find) if capability else {}),
             )
         else:
             quantize_long_rows[(M,)](**operands, **LONG_CONSTANTS)

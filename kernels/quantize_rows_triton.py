@@ -1,6 +1,7 @@
 """The two quantizer kernels: rows that fit in registers are read once, longer ones twice."""
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
 # ruff: noqa: RUF005 (the compiler knows no starred tuples)
 import triton
 import triton.language as tl

@@ -23,7 +23,8 @@ class Tile:
     parts: pieces of the epilogue, where the whole tile's column vectors would not fit in registers.
     early: what the epilogue reads is loaded before the main loop; `parts` is then not used.
     descriptors: int8 operands are loaded through tensor descriptors (TMA): one thread asks for a block, none holds
-    addresses.
+    addresses. store: y is written that way.
+    ahead: int4_linear loads codes to registers, a step before they are decoded.
     """
 
     block_m: int
@@ -36,6 +37,8 @@ class Tile:
     group_m: int = 8
     early: bool = False
     descriptors: bool = False
+    store: bool = False
+    ahead: bool = False
 
     def parts_with(self, directions: bool, even: bool) -> int:
         """Directions want vectors of their own in the epilogue; a loop with masks spills where that is cut."""
@@ -85,8 +88,8 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int8_linear", 86): AMPERE_INT8,
     ("int8_linear", 89): AMPERE_INT8,
     ("int8_linear", 90): (
-        Tile(128, 128, 128, warps=4, stages=3, early=True, descriptors=True),
-        Tile(128, 128, 128, warps=4, stages=3, early=True),
+        Tile(128, 128, 128, warps=4, stages=3, group_m=16, early=True, descriptors=True, store=True),
+        Tile(128, 128, 128, warps=4, stages=3, group_m=16, early=True),
         Tile(64, 128, 128, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4),
         Tile(16, 64, 128, warps=4, stages=5),
@@ -115,8 +118,7 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int4_linear", 86): AMPERE_INT4,
     ("int4_linear", 89): AMPERE_INT4,
     ("int4_linear", 90): (
-        Tile(256, 64, 128, warps=4, stages=3, early=True, descriptors=True),
-        Tile(128, 64, 128, warps=4, stages=4, early=True, descriptors=True),
+        Tile(256, 64, 128, warps=4, stages=3, group_m=4, early=True, descriptors=True, store=True, ahead=True),
         Tile(128, 64, 128, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4),
         Tile(32, 64, 128, warps=4, stages=4),

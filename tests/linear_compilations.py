@@ -61,6 +61,7 @@ def int4_compilation(
         "TRANSPOSED": isinstance(capability, int) and family_of(capability) in (90, 100),
         "PERMUTE": isinstance(capability, int),
     }
+    constexprs["AHEAD"] = tile.ahead and not ragged
     if not table:
         constexprs["table_ptr"] = None
     return compilation("int4_linear", pointers, constexprs, capability, tile, plain, ragged)
@@ -96,6 +97,7 @@ def compilation(
         "EARLY": tile.early,
         "OPAQUE": isinstance(capability, int),
         "DESCRIPTORS": tile.descriptors,
+        "STORE": tile.store and not odd,
     }
     if tile.descriptors:
         signature["a_ptr"] = f"tensordesc<i8[{tile.block_m},{tile.block_k}]>"
@@ -103,6 +105,8 @@ def compilation(
             signature["w_ptr"] = f"tensordesc<i8[{tile.block_n},{tile.block_k}]>"
     if plain:
         signature = {**signature, "y_ptr": "*fp32:16"}
+    if constexprs["STORE"]:
+        signature["y_ptr"] = f"tensordesc<{'fp32' if plain else 'bf16'}[{tile.block_m},{tile.block_n}]>"
     absent = OPTIONAL if plain else () if directions else DIRECTIONS
     signature = {name: kind for name, kind in signature.items() if name not in absent}
     constexprs |= dict.fromkeys(absent)
@@ -112,6 +116,8 @@ def compilation(
         f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages} d{tile.dots}"
         + " early" * tile.early
         + " tma" * tile.descriptors
+        + " store" * tile.store
+        + " ahead" * tile.ahead
     )
     return Compilation(
         name=f"{op} {blocks}{detail}{form}",

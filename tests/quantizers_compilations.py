@@ -50,7 +50,7 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     else:
         signature |= {"tokens": "i32", "gamma_stride": "i32:16", "beta_stride": "i32:16", "eps": "fp32"}
         constexprs |= tile.constants(K) | {"FIND": find}
-        options |= tile.compiler_options(ranges, prologue, directions)
+        options |= tile.compiler_options(ranges, prologue, find)
     options["num_warps"] = constexprs.pop("num_warps")
     return Compilation(
         name=f"{prologue} {dtype} K{K} H{order} {ranges} {tables}",
@@ -109,14 +109,15 @@ def compilations(all: bool = False):
                 yield compilation(K, capability, order=256, prologue=prologue), ""
                 yield compilation(K, capability, prologue=prologue, dtype="fp32", tables="plain"), ""
         else:
-            yield compilation(1152, capability, order=64, tables="directions"), ""
+            yield compilation(1152, capability, order=64, tables="finding directions"), ""
             yield compilation(3072, capability, order=256), ""
-            yield compilation(3072, capability, order=256, tables="directions"), ""
+            yield compilation(3072, capability, order=256, tables="finding directions"), ""
             yield compilation(3072, capability, order=1, ranges="symmetric", tables="plain"), ""
-            yield compilation(12288, capability, order=256, tables="directions"), ""
+            yield compilation(12288, capability, order=256, tables="finding directions"), ""
             yield compilation(15360, capability, order=256, ranges="static"), ""
     if not all:
         yield compilation(15360, 90, order=256, dtype="fp32"), ""
+        yield compilation(15360, 90, order=256, tables="finding directions"), ""
         yield compilation(20480, 90, order=256, tables="directions"), ""
         yield compilation(3072, 90, order=256, prologue="layer"), ""
         yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""

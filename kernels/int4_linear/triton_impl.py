@@ -1,7 +1,8 @@
 """4-bit weights decoded to int8 in registers inside the main loop, then the int8 product on tensor cores."""
 
 # Triton's decorators are beyond the type checker
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
 import math
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..int8_linear.triton_impl import TensorDescriptor, descriptor
+from ..int8_linear.triton_impl import TensorDescriptor, descriptor, stores
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
@@ -60,11 +61,14 @@ def int4_linear_kernel(
     PARTS: tl.constexpr,
     EARLY: tl.constexpr,
     OPAQUE: tl.constexpr,
+    AHEAD: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """One tile of y [M, N] = epilogue(a [M, K] decoded(w)ᵀ), w [N, K / 8] int32 words of 8 codes.
 
-    TRANSPOSED: the product is w aᵀ, see TRANSPOSED_FAMILIES. EARLY as in int8_linear; DESCRIPTORS too, of a alone.
+    TRANSPOSED: the product is w aᵀ, see TRANSPOSED_FAMILIES. EARLY as in int8_linear; DESCRIPTORS too, of a alone,
+    and STORE. AHEAD: codes and levels of the following product are on their way to registers during this one.
     """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -89,6 +93,8 @@ def int4_linear_kernel(
     levels_ptr += tl.multiple_of(first_n.to(tl.int64) * stride_levels, LEVEL_ALIGNMENT)
     offs_w = rows_w[:, None] * stride_w + offs_word[None, :]
     offs_levels = rows_w[:, None] * stride_levels + tl.arange(0, LEVELS)[None, :]
+    if AHEAD:
+        words, levels = tl.load(w_ptr + offs_w), tl.load(levels_ptr + offs_levels)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K * DOTS):
         for dot in tl.static_range(DOTS):
@@ -99,7 +105,9 @@ def int4_linear_kernel(
                 a = tl.load(a_ptr + offs_a)
             else:
                 a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < K - k, other=0)
-            if EVEN_K:
+            if AHEAD:
+                pass
+            elif EVEN_K:
                 words = tl.load(w_ptr + offs_w)
                 levels = tl.load(levels_ptr + k // GROUP + offs_levels)
             else:
@@ -107,22 +115,27 @@ def int4_linear_kernel(
                 inside = tl.arange(0, LEVELS)[None, :] < stride_levels - k // GROUP
                 levels = tl.load(levels_ptr + k // GROUP + offs_levels, mask=inside, other=0)
             w = decode_tile(words, levels, table_ptr, BLOCK_N, BLOCK_K, PERMUTE, not TRANSPOSED)
+            if AHEAD:
+                following = tl.minimum(k + BLOCK_K, K - BLOCK_K)
+                words = tl.load(w_ptr + following // 8 + offs_w)
+                levels = tl.load(levels_ptr + following // GROUP + offs_levels)
+            else:
+                w_ptr += BLOCK_K // 8
             left, right = (w, a.T) if TRANSPOSED else (a, w.T)
             acc = tl.dot(left, right, acc, out_dtype=tl.int32)
             if not DESCRIPTORS:
                 a_ptr += BLOCK_K
-            w_ptr += BLOCK_K // 8
     if TRANSPOSED:
         acc = acc.T
     if EARLY:
         ZERO: tl.constexpr = row_zero_ptr is not None
         ADDEND: tl.constexpr = bias_ptr is not None or correction_ptr is not None
-        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N)
+        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N, STORE)
     else:
         store_tile(
             acc, y_ptr, row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr,
             coordinates_ptr, responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero,
-            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS,
+            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS, STORE,
         )  # fmt: skip
 
 
@@ -184,13 +197,13 @@ def int4_linear(
     transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
 
     def launch(tile: Tile) -> None:
-        descriptors = tile.descriptors and TensorDescriptor is not None
+        descriptors, store = tile.descriptors and TensorDescriptor is not None, stores(tile, y)
         int4_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
             descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
             words,
             levels,
             lookup,
-            y,
+            descriptor(y, tile.block_m, tile.block_n) if store else y,
             *operands,
             M,
             N,
@@ -201,7 +214,9 @@ def int4_linear(
             LEVEL_ALIGNMENT=math.gcd(G, 16),
             TRANSPOSED=transposed,
             PERMUTE=permute,
+            AHEAD=tile.ahead and K % (tile.block_k * tile.dots) == 0,
             DESCRIPTORS=descriptors,
+            STORE=store,
             **launch_options(tile, K, correction, responses, capability),
         )
 

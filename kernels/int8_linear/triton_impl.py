@@ -1,7 +1,8 @@
 """int8 x int8 product on integer tensor cores, with the epilogue in the same kernel."""
 
 # Triton's decorators are beyond the type checker
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
 from typing import Any
 
 import torch
@@ -58,11 +59,13 @@ def int8_linear_kernel(
     EARLY: tl.constexpr,
     OPAQUE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     """One tile of y [M, N] = epilogue(a [M, K] w [N, K]ᵀ); an absent operand is None.
 
     EARLY: what the epilogue reads is loaded before the main loop, which hides how long that takes.
     DESCRIPTORS: a and w come as tensor descriptors, and the copy engine of Hopper and later fills shared memory.
+    STORE: y does too, and the copy engine writes it.
     """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -98,12 +101,12 @@ def int8_linear_kernel(
     if EARLY:
         ZERO: tl.constexpr = row_zero_ptr is not None
         ADDEND: tl.constexpr = bias_ptr is not None or correction_ptr is not None
-        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N)
+        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N, STORE)
     else:
         store_tile(
             acc, y_ptr, row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr,
             coordinates_ptr, responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero,
-            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS,
+            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS, STORE,
         )  # fmt: skip
 
 
@@ -154,11 +157,11 @@ def int8_linear(
     capability = capability_of(a.device)
 
     def launch(tile: Tile) -> None:
-        descriptors = tile.descriptors and TensorDescriptor is not None
+        descriptors, store = tile.descriptors and TensorDescriptor is not None, stores(tile, y)
         int8_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
             descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
             descriptor(w, tile.block_n, tile.block_k) if descriptors else w,
-            y,
+            descriptor(y, tile.block_m, tile.block_n) if store else y,
             *operands,
             M,
             N,
@@ -166,6 +169,7 @@ def int8_linear(
             groups_of(correction),
             *strides,
             DESCRIPTORS=descriptors,
+            STORE=store,
             **launch_options(tile, K, correction, responses, capability),
         )
 
@@ -179,3 +183,8 @@ def descriptor(operand: Tensor, rows: int, columns: int):
     """What the copy engine needs to know of a contiguous [*, K] operand that is read in blocks of [rows, columns]."""
     # not operand.stride(): that of a single row may be anything
     return TensorDescriptor(operand, list(operand.shape), [operand.shape[1], 1], [rows, columns])
+
+
+def stores(tile: Tile, y: Tensor) -> bool:
+    """Whether the copy engine writes y [M, N], whose rows it wants 16 bytes apart."""
+    return tile.store and TensorDescriptor is not None and y.shape[1] * y.element_size() % 16 == 0

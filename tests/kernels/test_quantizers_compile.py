@@ -25,7 +25,7 @@ def test_nothing_spills(compiled):
 def test_rows_stay_in_registers(compiled):
     """Shared memory holds a few values per warp and row, never the row: a rotation moves it between lanes only."""
     for request, result in compiled:
-        assert result.shared <= 1024, (request.name, result.shared)
+        assert result.shared <= 2048, (request.name, result.shared)
 
 
 def test_wide_accesses(compiled):
@@ -48,8 +48,8 @@ def test_no_addition_is_fused_with_a_product(compiled):
             continue
         tile = request.constexprs
         columns = tile["ROWS"] * tile["WIDTH"] * tile["CHUNKS"] // (32 * result.warps)
-        # a direction's product is exact as well
-        stages = {1: 0, 64: 3, 256: 4}[tile["ORDER"]] + tile["RANK"]
+        # a direction's product is exact as well, and the order of its coordinate's sum nobody's business
+        stages = {1: 0, 64: 3, 256: 4}[tile["ORDER"]] + tile["RANK"] * (2 if tile["FIND"] else 1)
         ptx = Path(result.cubin).with_suffix(".ptx").read_text(encoding="utf-8")
         # sm_100 has pairs in one instruction
         fused = sum(1 + pair.endswith("x2") for pair in re.findall(r"\bfma\.rn\.f32(?:x2)?", ptx))
