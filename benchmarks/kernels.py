@@ -54,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not timed:
         print(f"error: no model with {args.models!r} in its name is timed on {args.device}", file=sys.stderr)
         return 2
+    offered = sorted({M for _, M in timed})
     timed = [(layer, M) for layer, M in timed if args.tokens is None or M in args.tokens]
+    if not timed:
+        print(
+            f"error: layers are timed at {', '.join(map(str, offered))} tokens, none at {args.tokens}", file=sys.stderr
+        )
+        return 2
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {}
     # written after every layer: what a lent machine has measured is not lost with it

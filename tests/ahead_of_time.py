@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -95,7 +96,17 @@ class Compiled:
 
 
 def compile_all(requests: list[Compilation], cache: Path | None = None, timeout: float = 900) -> list[Compiled]:
-    """One subprocess for all of them. `cache`: Triton's cache folder, by default its usual one."""
+    """In as many subprocesses as there are cores. `cache`: Triton's cache folder, by default its usual one."""
+    shares = max(1, min(os.cpu_count() or 1, len(requests)))
+    results: list[Compiled] = [Compiled("", 0)] * len(requests)
+    with ThreadPoolExecutor(shares) as pool:
+        done = pool.map(lambda share: _compile_share(requests[share::shares], cache, timeout), range(shares))
+        for share, compiled in enumerate(done):
+            results[share::shares] = compiled
+    return results
+
+
+def _compile_share(requests: list[Compilation], cache: Path | None, timeout: float) -> list[Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = str(cache)

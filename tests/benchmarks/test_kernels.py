@@ -148,6 +148,27 @@ def test_no_cuda_and_no_model_are_said_plainly(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.main(["--device", "cuda", "--out", str(tmp_path / "k.json")]) == 2
     assert kernels.main(["--device", "cpu", "--models", "wan", "--out", str(tmp_path / "k.json")]) == 2
+    assert kernels.main(["--device", "cpu", "--tokens", "77", "--out", str(tmp_path / "k.json")]) == 2
     errors = capsys.readouterr().err
     assert "no CUDA device" in errors
     assert "'wan'" in errors
+    assert "at 1024, 4096 tokens, none at [77]" in errors
+
+
+def test_what_is_measured_is_written_at_once(tiny, tmp_path, monkeypatch):
+    """The second layer breaks the run: the first one's row is there."""
+    whole = kernels.measure
+
+    def breaking(problem, *given):
+        if breaking.calls:
+            raise RuntimeError("the machine goes back")
+        breaking.calls += 1
+        return whole(problem, *given)
+
+    breaking.calls = 0
+    monkeypatch.setattr(kernels, "measure", breaking)
+    twice = [(shapes.Layer("tiny", name, 64, 96), 20) for name in "ab"]
+    monkeypatch.setattr(kernels, "cases", lambda *_: twice)
+    with pytest.raises(RuntimeError, match="goes back"):
+        kernels.main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path / "k.json")])
+    assert [row["layer"] for row in json.loads((tmp_path / "k.json").read_text())["rows"]] == ["a"]

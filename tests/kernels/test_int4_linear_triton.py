@@ -137,16 +137,17 @@ TWO_PRODUCTS = Tile(32, 32, 64, warps=4, stages=2, dots=2)
     "tile", [*SHIPPED, TWO_PRODUCTS], ids=lambda t: f"{t.block_m}x{t.block_n}x{t.block_k}s{t.stages}"
 )
 def test_every_tile_has_the_same_bits(tile, transposed, monkeypatch, device):
-    """More than one tile in both directions, a tail of M and N, and a half step along K."""
+    """More than one tile in both directions, a tail of M and N; whole steps along K, and a half one behind them."""
     if tile != TWO_PRODUCTS:
         skip_on_other_cards(tile, "int4_linear", device)
     monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
     monkeypatch.setattr(triton_impl, "family_of", lambda _: 90 if transposed else 80)
-    M, N, K = tile.block_m + 1, tile.block_n + 16, tile.block_k * tile.dots + 32
-    a, (packed, levels) = activations(M, K, device), weight(N, K, 16, device)
-    epilogue = case(M, N, decode_int4(packed, levels), full=True, dtype=torch.float16, device=device)
-    y = triton_impl.int4_linear(a, packed, levels=levels, **epilogue)
-    assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, **epilogue))
+    M, N, step = tile.block_m + 1, tile.block_n + 16, tile.block_k * tile.dots
+    for K in (3 * step, step + 32):
+        a, (packed, levels) = activations(M, K, device), weight(N, K, 16, device)
+        epilogue = case(M, N, decode_int4(packed, levels), full=True, dtype=torch.float16, device=device)
+        y = triton_impl.int4_linear(a, packed, levels=levels, **epilogue)
+        assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, **epilogue))
 
 
 def test_views_into_a_file_and_empty_batches(device):

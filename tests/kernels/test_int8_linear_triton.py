@@ -95,7 +95,7 @@ def test_every_tile_has_the_same_bits(tile, monkeypatch, device):
     skip_on_other_cards(tile, "int8_linear", device)
     monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
     M, N = tile.block_m + 1, tile.block_n + 16
-    for K in (tile.block_k * tile.dots, tile.block_k * tile.dots + 16):
+    for K in (3 * tile.block_k * tile.dots, tile.block_k * tile.dots + 16):
         a, w = activations(M, K, device), weight(N, K, device)
         epilogue = case(M, N, w, full=True, dtype=torch.float16, device=device)
         y = triton_impl.int8_linear(a, w, **epilogue)

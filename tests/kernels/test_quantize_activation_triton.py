@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dit_quant.kernels.quantize_activation.reference import quantize_activation as reference
-from dit_quant.kernels.quantize_rows import LONGEST_FUSED_ROW, LONGEST_ROW, plan
+from dit_quant.kernels.quantize_rows import LONGEST_FUSED_ROW, LONGEST_ROW, REGISTER_FILE, finds, plan
 
 pytest.importorskip("triton")
 from dit_quant.kernels.adaln_quantize.triton_impl import WIDEST
@@ -192,3 +192,22 @@ def test_every_row_has_a_tile(prologue, longest, itemsize, tables):
         assert tile.programs_per_multiprocessor >= 1
         if K > 1024:
             assert tile.width * tile.chunks <= 1.34 * K
+
+
+@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_rows_with_coordinates_fit_where_a_tile_is_offered(itemsize, capability):
+    offered = 0
+    for K in (*range(16, 300, 16), *range(320, LONGEST_ROW + 1, 64)):
+        order = max(n for n in (1, 4, 16, 64, 256) if K % n == 0)
+        tile = plan(K, order, 2, itemsize, "plain", True, capability, True)
+        assert (tile is not None) == finds(K, order, 2, itemsize, capability)
+        if tile is None:
+            assert K > 12288, "no width of a published model but the longest goes without"
+            continue
+        offered += 1
+        assert tile.width * tile.chunks >= K > tile.width * (tile.chunks - 1)
+        assert tile.width % order == 0
+        assert 32 * tile.warps * tile.registers <= REGISTER_FILE
+    assert offered > 180
+    assert not finds(LONGEST_ROW + 64, 64, 2, itemsize, capability)

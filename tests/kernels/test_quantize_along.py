@@ -7,6 +7,7 @@ from dit_quant.kernels.directions import MOST, along
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import reference as quantizer
 from dit_quant.kernels.quantize_along import native_impl, reference, torch_impl
+from dit_quant.kernels.quantize_rows import plan
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -217,3 +218,20 @@ def test_types_and_sizes_that_would_round_or_read_too_far_are_refused(coordinate
     group = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
     with pytest.raises(ValueError, match=message):
         run.quantize_activation(torch.zeros(2, 16), directions=directions, coordinates=coordinates, **group)
+
+
+@pytest.mark.parametrize(("K", "order"), [(1152, 64), (3072, 256)])
+def test_one_kernel_and_two_find_the_same(K, order, monkeypatch, device):
+    """With the shift read anew for every row and with the shift in registers."""
+    triton_impl = implementation("triton", 5, K)
+    given = tables(K, 4, device=device)
+    x = tokens(5, K, given, torch.bfloat16)
+    held = {K: plan(K, order, 2, 2, "plain", True, find=True).hold_shift for K in (1152, 3072)}
+    assert held == {1152: False, 3072: True}
+    one = triton_impl.quantize_along(x, **given, hadamard=order, symmetric=False)
+    monkeypatch.setattr(triton_impl, "finds", lambda *_: False)
+    two = triton_impl.quantize_along(x, **given, hadamard=order, symmetric=False)
+    for found in (one, two):
+        assert_codes_fit_their_coordinates(found, x, given, hadamard=order, symmetric=False)
+    # the same sum in another order, then a rounding to bf16
+    torch.testing.assert_close(one[3].float(), two[3].float(), rtol=2**-7, atol=2**-7)
