@@ -11,6 +11,43 @@ from readme import ROOT, publish, spread
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("W8A8", "W8A8 fast", "W8A8 static", "W4A8")
 NATIVE = ("native int8", "native int8 + ConvRot", "native asym_w4a8_int8")
+# a GPU's summary is of layers and inputs that fill it
+WIDE, MANY = 3072, 4096
+
+
+def summary_table(result: dict) -> str:
+    """A GPU's wide layers with many tokens: our presets against bf16 and the native formats, least and largest."""
+    wide = [(r["model"], r["timed"]) for r in result["rows"] if min(r["K"], r["N"]) >= WIDE and r["M"] >= MANY]
+    rows = [timed for _, timed in wide]
+    others = ("bf16 F.linear", *NATIVE)
+    lines = ["| | " + " | ".join(f"against {name}" for name in others) + " |", "|---|" + "---|" * len(others)]
+    for name in OURS:
+        cells = [spread([r[o]["ms"][0] / r[name]["ms"][0] for r in rows if name in r and o in r]) for o in others]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    models = ", ".join(dict.fromkeys(model for model, _ in wide))
+    lines.append(
+        f"\nSpeed of a whole layer, least and largest of {len(rows)} with K and N of {WIDE} and more at {MANY} tokens "
+        f"and more ({models}). {where(result)} {quantizer_line(rows)}"
+    )
+    return "\n".join(lines)
+
+
+def quantizer_line(rows: list[dict]) -> str:
+    """How much of the card's copy rate the quantizers of these layers reach."""
+    found = []
+    for name in OURS:
+        shares = [row[op]["roofline"] for row in rows for op in row if is_quantizer(op, name)]
+        if shares:
+            found.append(f"{name} {min(shares):.0%} to {max(shares):.0%}")
+    return f"The quantizers reach these shares of its rate of copying memory: {', '.join(found)}."
+
+
+def is_quantizer(op: str, preset: str) -> bool:
+    return op.startswith("quantize") and op.endswith(f" of {preset}, triton")
+
+
+def folded(title: str, table: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
 
 
 def kernel_table(result: dict) -> str:
@@ -85,7 +122,13 @@ def found(pattern: str) -> list[tuple[Path, dict]]:
 
 
 def main() -> None:
-    publish("layer speed table", "\n\n".join(kernel_table(result) for _, result in found("kernels_*.json")))
+    layers = [result for _, result in found("kernels_*.json")]
+    gpus = [result for result in layers if result["machine"]["device"] != "cpu"]
+    tables = [*map(summary_table, gpus)]
+    for result in layers:
+        device = result["machine"]["device"]
+        tables.append(folded(f"Every layer on {'a CPU' if device == 'cpu' else device}", kernel_table(result)))
+    publish("layer speed table", "\n\n".join(tables))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
     publish("fused speed table", "\n\n".join(fused_table(result) for _, result in found("fused_*.json")))
 

@@ -1,0 +1,31 @@
+"""The README's summary of a GPU: ranges over wide layers with many tokens, of what was timed."""
+
+from benchmark_scripts import load
+
+(publish_speed,) = (load(name) for name in ("publish_speed",))
+
+
+def row(K, N, M, **milliseconds):
+    timed = {name: {"ms": [value, value, value], "roofline": 0.5} for name, value in milliseconds.items()}
+    return {"model": "FLUX", "layer": "fc1", "K": K, "N": N, "M": M, "dtype": "bfloat16", "timed": timed}
+
+
+def test_summary_of_a_gpu():
+    bf16, quantizer = "bf16 F.linear", "quantize_along of W8A8, triton"
+    result = {
+        "machine": {"device": "NVIDIA X"},
+        "versions": {"torch": "2", "comfy-kitchen": "0.2"},
+        "rows": [
+            row(3072, 3072, 4096, **{bf16: 3.0, "native int8": 4.0, "W8A8": 2.0, quantizer: 0.5}),
+            row(3072, 9216, 16384, **{bf16: 6.0, "native int8": 5.0, "W8A8": 4.0, "W4A8": 3.0}),
+            # too few tokens, too narrow
+            row(3072, 3072, 1024, **{bf16: 9.0, "W8A8": 1.0}),
+            row(1152, 3072, 4096, **{bf16: 9.0, "W8A8": 1.0}),
+        ],
+    }
+    lines = publish_speed.summary_table(result).splitlines()
+    assert lines[2] == "| W8A8 | 1.50x to 1.50x | 1.25x to 2.00x | - | - |"
+    assert lines[5] == "| W4A8 | 2.00x to 2.00x | 1.67x to 1.67x | - | - |"
+    assert "of 2 with K and N of 3072" in lines[-1]
+    assert "NVIDIA X; torch 2, comfy-kitchen 0.2." in lines[-1]
+    assert lines[-1].endswith("copying memory: W8A8 50% to 50%.")
