@@ -107,21 +107,18 @@ def compare_largest(
     dtype: torch.dtype,
     backend: str = "auto",
 ) -> Comparison | None:
-    """Times the largest layer against F.linear in `dtype`, on a CPU always, elsewhere where a fallback was chosen.
+    """Times the largest layer against F.linear in `dtype`: of those with a fallback, where there are any.
 
-    Under a second. None where there is nothing to doubt, no memory to measure, or no such product on the device.
+    Under a second, and the compilation that the first step would wait for. None without layers, without memory to
+    measure, or where the device has no such product.
     """
-    doubtful = {
-        name: layer
-        for name, layer in layers.items()
-        if device.type == "cpu" or {plans[name].quantizer.backend, plans[name].product.backend} & {*FALLBACKS}
-    }
-    if not doubtful:
+    slow = [name for name in layers if {plans[name].quantizer.backend, plans[name].product.backend} & {*FALLBACKS}]
+    name = max(slow or layers, key=lambda n: (layers[n].features[0] * layers[n].features[1], n), default=None)
+    if name is None:
         return None
-    name = max(doubtful, key=lambda n: (doubtful[n].features[0] * doubtful[n].features[1], n))
     tokens = CPU_TOKENS if device.type == "cpu" else TOKENS
     try:
-        factor = _factor(doubtful[name], device, dtype, tokens, backend)
+        factor = _factor(layers[name], device, dtype, tokens, backend)
     except (torch.OutOfMemoryError, NotImplementedError):
         return None
     return Comparison(name, tokens, factor, plans[name], dtype)
@@ -134,8 +131,8 @@ def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, to
     bias = torch.zeros(N, device=device, dtype=dtype)
 
     def full_precision() -> float:
-        # its weight is gone when the other is measured
-        weight = torch.ones(N, K, device=device, dtype=dtype)
+        # its weight is gone when the other is measured; not of ones, on which a card is faster
+        weight = torch.randn(1, K, device=device, dtype=dtype).expand(N, K).contiguous()
         return _seconds(lambda: nn.functional.linear(x, weight, bias), device)
 
     full = full_precision()
@@ -148,6 +145,9 @@ def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, to
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     """Median of a few runs after one that warms up; only that one where a run is long."""
     times: list[float] = []
+    if device.type == "cuda":
+        # kernels are compiled at their first call
+        call()
     while len(times) <= REPEATS and (not times or sum(times) < BUDGET):
         _wait(device)
         start = time.perf_counter()

@@ -24,8 +24,8 @@ def plan_backends(
 ) -> tuple[dict[str, LayerPlan], list[str]]:
     """The backends of every layer on the device that the host will load the MODEL on, and lines for a report.
 
-    Where only a slow one may be left the largest layer is timed; slower than full precision is a warning in the
-    lines, in the log, and on the node.
+    The largest layer is timed, even on a fast backend: small layers on a fast card do not gain. Slower than full
+    precision is a warning in the lines, in the log, and on the node.
     """
     modules = quantized_layers(patcher.model.diffusion_model)
     layers = {name: unwrap(module.weight) for name, module in modules.items()}
