@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..int8_linear.triton_impl import TensorDescriptor, descriptor, stores
+from ..descriptors_triton import described, loads, stores
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
@@ -197,13 +197,13 @@ def int4_linear(
     transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
 
     def launch(tile: Tile) -> None:
-        descriptors, store = tile.descriptors and TensorDescriptor is not None, stores(tile, y)
+        descriptors, store = loads(tile), stores(tile, y)
         int4_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
+            described(a, tile.block_m, tile.block_k, descriptors),
             words,
             levels,
             lookup,
-            descriptor(y, tile.block_m, tile.block_n) if store else y,
+            described(y, tile.block_m, tile.block_n, store),
             *operands,
             M,
             N,

@@ -3,18 +3,12 @@
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.3: the same tiles without the copy engine
-    TensorDescriptor: Any = None
-
+from ..descriptors_triton import described, loads, stores
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
 from ..tiles import Tile
@@ -157,11 +151,11 @@ def int8_linear(
     capability = capability_of(a.device)
 
     def launch(tile: Tile) -> None:
-        descriptors, store = tile.descriptors and TensorDescriptor is not None, stores(tile, y)
+        descriptors, store = loads(tile), stores(tile, y)
         int8_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            descriptor(a, tile.block_m, tile.block_k) if descriptors else a,
-            descriptor(w, tile.block_n, tile.block_k) if descriptors else w,
-            descriptor(y, tile.block_m, tile.block_n) if store else y,
+            described(a, tile.block_m, tile.block_k, descriptors),
+            described(w, tile.block_n, tile.block_k, descriptors),
+            described(y, tile.block_m, tile.block_n, store),
             *operands,
             M,
             N,
@@ -177,14 +171,3 @@ def int8_linear(
         flags = (dtype, row_zero is not None, bias is not None, correction is not None, responses is not None)
         run("int8_linear", launch, a.device, M, N, K, flags)
     return y
-
-
-def descriptor(operand: Tensor, rows: int, columns: int):
-    """What the copy engine needs to know of a contiguous [*, K] operand that is read in blocks of [rows, columns]."""
-    # not operand.stride(): that of a single row may be anything
-    return TensorDescriptor(operand, list(operand.shape), [operand.shape[1], 1], [rows, columns])
-
-
-def stores(tile: Tile, y: Tensor) -> bool:
-    """Whether the copy engine writes y [M, N], whose rows it wants 16 bytes apart."""
-    return tile.store and TensorDescriptor is not None and y.shape[1] * y.element_size() % 16 == 0
