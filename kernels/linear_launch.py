@@ -38,7 +38,7 @@ def launch_options(
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
         "PARTS": tile.parts_with(responses is not None, even),
-        "EARLY": tile.early,
+        "EARLY": tile.early and even,
         "OPAQUE": capability > 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

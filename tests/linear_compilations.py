@@ -94,7 +94,7 @@ def compilation(
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
         "PARTS": tile.parts_with(directions, not (ragged or odd)),
-        "EARLY": tile.early,
+        "EARLY": tile.early and not (ragged or odd),
         "OPAQUE": isinstance(capability, int),
         "DESCRIPTORS": tile.descriptors,
         "STORE": tile.store and not odd,
