@@ -23,6 +23,7 @@ from kernel_checks import check_all
 from kernel_layers import BF16, FP32, PRESET_NAMES, Contender, Problem, contenders
 from kernel_shapes import Layer, cases
 from kernel_timing import Clock, Roofline, measure_roofline, quartiles, race, ratio
+from precompile import compile_all
 
 ROOT = Path(__file__).resolve().parents[1]
 # x of each device: a CPU computes in fp32 unless told otherwise
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error: layers are timed at {', '.join(map(str, offered))} tokens, none at {args.tokens}", file=sys.stderr
         )
         return 2
+    if args.device == "cuda" and not args.quick:
+        for error in compile_all(timed):
+            print(f"while compiling: {error}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {}
     # written after every layer: what a lent machine has measured is not lost with it
