@@ -56,9 +56,9 @@ def less_directions(y, directions_ptr, coordinates, columns, K, RANK: tl.constex
 def row_sums(parts):
     """Four tensors [ROWS, WIDTH] -> their sums over the columns, four [ROWS], in one reduction."""
     joined = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
-    even, odd = tl.split(tl.sum(joined, axis=1))
-    first, second = tl.split(even)
-    third, fourth = tl.split(odd)
+    left, right = tl.split(tl.sum(joined, axis=1))
+    first, second = tl.split(left)
+    third, fourth = tl.split(right)
     return first, second, third, fourth
 
 

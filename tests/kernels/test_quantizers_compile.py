@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ahead_of_time import CAPABILITIES, compile_all
-from quantizers_compilations import compilations
+from quantizers_compilations import compilations, coordinates_compilation
 
 pytest.importorskip("triton")
 
@@ -20,6 +20,11 @@ def test_nothing_spills(compiled):
     assert {request.capability for request, _ in compiled} == set(CAPABILITIES)
     faults = {f"{request.name} sm_{request.capability}": result.faults("") for request, result in compiled}
     assert {name: fault for name, fault in faults.items() if fault} == {}
+
+
+def test_coordinates_of_rows_beyond_registers_compile():
+    results = compile_all([coordinates_compilation(20480, capability) for capability in CAPABILITIES])
+    assert [result.faults("") for result in results] == [[]] * len(CAPABILITIES)
 
 
 def test_rows_stay_in_registers(compiled):
