@@ -36,6 +36,15 @@ def lerp_rows(table: Tensor, index: Tensor, fraction: Tensor) -> Tensor:
     return low + fraction.to(low.device) * (high - low)
 
 
+def addend(bias: Tensor | None, correction: Tensor | None, index: Tensor, fraction: Tensor) -> Tensor | None:
+    """bias [N] + correction [T, N] at the group: what a product's epilogue adds to every row, [N] fp32 or None."""
+    total = None if bias is None else bias.float()
+    if correction is not None:
+        c = lerp_rows(correction, index, fraction)
+        total = c if total is None else total + c
+    return total
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """codes [N, K] uint8 in 0..15 -> [N, K / 2] uint8, even columns in the low nibble."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)

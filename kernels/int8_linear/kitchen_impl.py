@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..directions import along, check
 from ..kitchen import codes_product, device_refusal
-from ..numerics import lerp_rows
+from ..numerics import addend
 
 # CUTLASS loads 16 codes at a time, and stores 16 bytes
 K_MULTIPLE = 16
@@ -59,8 +59,5 @@ def int8_linear(
     y = codes_product()(a, w, row_scale, column_scale, None, dtype if plain else torch.float32)
     if coordinates is not None and responses is not None:
         y = along(y, coordinates, responses)
-    if bias is not None:
-        y += bias.float()
-    if correction is not None:
-        y += lerp_rows(correction, index, fraction)
-    return y.to(dtype)
+    added = addend(bias, correction, index, fraction)
+    return (y if added is None else y + added).to(dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..directions import along, check
-from ..numerics import lerp_rows
+from ..numerics import addend
 
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
@@ -46,11 +46,8 @@ def epilogue(
     check(coordinates, responses, *y.shape)
     if coordinates is not None and responses is not None:
         y = along(y, coordinates, responses)
-    addend = None if bias is None else bias.float()
-    if correction is not None:
-        c = lerp_rows(correction, index, fraction)
-        addend = c if addend is None else addend + c
-    return (y if addend is None else y + addend).to(dtype)
+    added = addend(bias, correction, index, fraction)
+    return (y if added is None else y + added).to(dtype)
 
 
 def int8_linear(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..directions import check
-from ..numerics import lerp_rows
+from ..numerics import addend
 from .reference import int8_matmul
 
 # entries of an accumulator block. CPU: still in the last cache at the epilogue; else: bounds int32 and fp32 copies
@@ -83,20 +83,17 @@ class Epilogue:
             column_sum = None
         elif column_sum is None:
             raise ValueError("an asymmetric activation needs the weight's column sums")
-        addend = None if bias is None else bias.float()
-        if correction is not None:
-            c = lerp_rows(correction, index, fraction)
-            addend = c if addend is None else addend + c
         negative_sum = None if column_sum is None else column_sum.float().neg_()
         p, B = (None if v is None else v.float() for v in (coordinates, responses))
-        return cls(row_scale, column_scale.reshape(-1), row_zero, negative_sum, addend, p, B)
+        added = addend(bias, correction, index, fraction)
+        return cls(row_scale, column_scale.reshape(-1), row_zero, negative_sum, added, p, B)
 
     def columns(self, part: slice) -> "Epilogue":
         """The same for some of the output columns."""
-        negative_sum, addend = (None if v is None else v[part] for v in (self.negative_sum, self.addend))
+        negative_sum, added = (None if v is None else v[part] for v in (self.negative_sum, self.addend))
         B = None if self.responses is None else self.responses[:, part]
         return Epilogue(
-            self.row_scale, self.column_scale[part], self.row_zero, negative_sum, addend, self.coordinates, B
+            self.row_scale, self.column_scale[part], self.row_zero, negative_sum, added, self.coordinates, B
         )
 
     def apply(self, accumulator: Tensor, rows: slice, out: Tensor) -> None:
