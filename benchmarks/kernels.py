@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"while compiling: {error}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {}
-    # written after every layer: what a lent machine has measured is not lost with it
+    # written after every layer: a run that is cut off keeps what it has measured
     for result in run(torch.device(args.device), timed, args.rounds or (3 if args.quick else 15), args.quick):
         args.out.write_text(json.dumps(result) + "\n")
     print(text(result))
