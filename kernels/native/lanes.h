@@ -10,6 +10,7 @@
 #define LANES 16
 #define ALL ((__mmask16)0xFFFF)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum { FP32, BF16, FP16 };
 

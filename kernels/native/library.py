@@ -5,6 +5,7 @@ Threads are those of the OpenMP runtime that torch itself runs on: a second pool
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -22,13 +23,32 @@ import torch
 from ..backends import first_line
 from ..user_cache import user_cache
 
+log = logging.getLogger("dit_quant")
 FOLDER = Path(__file__).parent
 SOURCES = ("quantizer.c", "product.c")
-HEADERS = ("along.h", "codes.h", "lanes.h", "quantizer.h", "rotation.h", "team.h")
+HEADERS = (
+    "along.h",
+    "amx.h",
+    "codes.h",
+    "epilogue.h",
+    "lanes.h",
+    "product.h",
+    "quantizer.h",
+    "rotation.h",
+    "team.h",
+    "transpose.h",
+    "vnni.h",
+    "weights.h",
+)
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
 OPTIONS = ("-O3", "-mtune=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 OPTIONS += tuple(f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS)
+# used where the CPU has them
+AMX_FLAGS = ("amx_tile", "amx_int8")
+AMX_OPTIONS = tuple(f"-m{flag.replace('_', '-')}" for flag in AMX_FLAGS)
+# arch_prctl asks Linux for the registers of AMX, of this whole process: number, request, XTILEDATA
+ASK_FOR_AMX = (158, 0x1023, 18)
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120
 
@@ -120,8 +140,7 @@ def library() -> Library | str:
         return reason
     try:
         team = thread_team()
-        loaded = ctypes.CDLL(str(compiled()))
-        return Library(**{name: function(loaded, name, team) for name in SIGNATURES})
+        return loaded(built(), team)
     except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
         return first_line(error)
 
@@ -153,6 +172,12 @@ def thread_team() -> tuple[int, ...]:
     return tuple(address for address in found if address)
 
 
+def loaded(path: Path, team: tuple[int, ...]) -> Library:
+    """Raises OSError, AttributeError."""
+    found = ctypes.CDLL(str(path))
+    return Library(**{name: function(found, name, team) for name in SIGNATURES})
+
+
 def function(loaded: ctypes.CDLL, name: str, team: tuple[int, ...]) -> Callable:
     """A C function; where it starts a team of threads, with that team bound."""
     result, arguments = SIGNATURES[name]
@@ -163,12 +188,32 @@ def function(loaded: ctypes.CDLL, name: str, team: tuple[int, ...]) -> Callable:
     return lambda *given: found(*team, torch.get_num_threads(), *given)
 
 
-def compiled() -> Path:
+def amx_refusal() -> str | None:
+    """None, or why products do without AMX."""
+    missing = [flag for flag in AMX_FLAGS if flag not in cpu_flags()]
+    if missing:
+        return f"this CPU has no {', '.join(missing)}"
+    refused = ctypes.CDLL(None, use_errno=True).syscall(*ASK_FOR_AMX)
+    return f"Linux refuses the registers of AMX: {os.strerror(ctypes.get_errno())}" if refused else None
+
+
+def built() -> Path:
+    """The shared library with what this CPU has. Raises as `compiled`."""
+    if amx_refusal() is None:
+        try:
+            return compiled((*OPTIONS, *AMX_OPTIONS))
+        except RuntimeError as error:
+            # compilers before 2021 do not know it
+            log.warning("products on the CPU do without AMX, at about half the speed: %s", first_line(error))
+    return compiled(OPTIONS)
+
+
+def compiled(options: tuple[str, ...]) -> Path:
     """The shared library, compiled unless the cache has it.
 
     Raises RuntimeError with the compiler's first complaint, or when there is no compiler.
     """
-    digest = hashlib.sha256(" ".join(OPTIONS).encode())
+    digest = hashlib.sha256(" ".join(options).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((FOLDER / name).read_bytes())
     folder = writable_cache()
@@ -179,15 +224,15 @@ def compiled() -> Path:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        compile_to(temporary)
+        compile_to(temporary, options)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
 
 
-def compile_to(path: str) -> None:
-    command = [*compiler(), *OPTIONS, *(str(FOLDER / name) for name in SOURCES), "-o", path]
+def compile_to(path: str, options: tuple[str, ...]) -> None:
+    command = [*compiler(), *options, *(str(FOLDER / name) for name in SOURCES), "-o", path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     if done.returncode:
         complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr or "no message")

@@ -9,14 +9,29 @@ from dit_quant.kernels.int4_linear import reference as int4_reference
 from dit_quant.kernels.int8_linear import native_impl, reference
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.numerics import decode_int4, pack_int4, pack_levels
+from native_builds import build
 
+__all__ = ["build"]
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.usefixtures("build", "poisoned_empty"),
     pytest.mark.skipif(isinstance(library(), str), reason=f"native: {library()}"),
 ]
 
-# one token, tiles of every height, several chunks of tokens; part of a panel, one, several; K in no whole words
-SHAPES = [(1, 1, 1), (2, 33, 100), (5, 32, 64), (7, 31, 3), (12, 7, 8), (63, 33, 3088), (300, 128, 66), (1600, 65, 68)]
+# one token, tiles of every height, several chunks of tokens; part of a strip and of a panel, one, several; K in no
+# whole words
+SHAPES = [
+    (1, 1, 1),
+    (2, 33, 100),
+    (5, 32, 64),
+    (7, 31, 3),
+    (12, 7, 8),
+    (16, 256, 64),
+    (17, 300, 130),
+    (33, 200, 4100),
+    (63, 33, 3088),
+    (300, 128, 66),
+    (1600, 65, 68),
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PARTS = [(), ("zero",), ("bias",), ("correction",), ("directions",), ("zero", "bias", "correction", "directions")]
 # N, K, G: groups of 16, 32, 64, 128, 192 and 48, and of sizes that no register holds a whole number of

@@ -11,6 +11,7 @@ import pytest
 import torch
 from dit_quant.kernels import dispatch, user_cache
 from dit_quant.kernels.backends import Shape
+from dit_quant.kernels.int8_linear.native_impl import int8_linear
 from dit_quant.kernels.native import library
 from host_location import ROOT
 
@@ -52,7 +53,7 @@ def test_compiled_once(monkeypatch, tmp_path):
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.startswith("native-")
     library.library.cache_clear()
-    monkeypatch.setattr(library, "compile_to", lambda path: pytest.fail("compiled again"))
+    monkeypatch.setattr(library, "compile_to", lambda *given: pytest.fail("compiled again"))
     assert isinstance(library.library(), library.Library)
 
 
@@ -71,18 +72,18 @@ def test_a_changed_source_is_compiled_afresh(monkeypatch, tmp_path):
     for name in (*library.SOURCES, *library.HEADERS):
         shutil.copy(library.FOLDER / name, copies)
     monkeypatch.setattr(library, "FOLDER", copies)
-    first = library.compiled()
+    first = library.built()
     (copies / "lanes.h").write_text((copies / "lanes.h").read_text() + "// changed\n")
-    assert library.compiled() != first
+    assert library.built() != first
 
 
 @runs
 def test_what_another_user_wrote_is_not_loaded(monkeypatch):
-    library.compiled()
+    library.built()
     calls = []
-    monkeypatch.setattr(library, "compile_to", lambda path: calls.append(path))
+    monkeypatch.setattr(library, "compile_to", lambda path, options: calls.append(path))
     monkeypatch.setattr(os, "getuid", lambda: -1)
-    library.compiled()
+    library.built()
     assert calls
 
 
@@ -122,6 +123,50 @@ def test_the_compiler_of_the_environment_comes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "my-cc", script) + " --marker")
     assert isinstance(library.library(), library.Library)
     assert log.read_text().strip() == "--marker"
+
+
+@runs
+def test_a_compiler_that_does_not_know_amx_does_without_it_and_says_so(monkeypatch, tmp_path, caplog):
+    real = next(filter(None, map(shutil.which, library.COMPILERS)))
+    script = f'case "$*" in *amx*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac; exec {real} "$@"'
+    monkeypatch.setenv("CC", fake_compiler(tmp_path / "old-cc", script))
+    monkeypatch.setattr(library, "amx_refusal", lambda: None)
+    assert isinstance(library.library(), library.Library)
+    assert "do without AMX" in caplog.text
+    assert "unrecognized option" in caplog.text
+
+
+@pytest.mark.parametrize("flag", library.AMX_FLAGS)
+def test_why_amx_is_not_used(monkeypatch, flag):
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.AMX_FLAGS} - {flag})
+    assert library.amx_refusal() == f"this CPU has no {flag}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
+def test_registers_that_linux_refuses_are_not_used(monkeypatch):
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.AMX_FLAGS})
+    monkeypatch.setattr(library, "ASK_FOR_AMX", (158, -1, 0))
+    assert library.amx_refusal() == "Linux refuses the registers of AMX: Invalid argument"
+
+
+@runs
+def test_onednn_finds_its_own_tiles():
+    """Both it and the C configure the registers of AMX, for whole threads."""
+    x, w = torch.randn(64, 256), torch.randn(96, 256)
+    codes = torch.randint(-127, 128, (64, 256), dtype=torch.int8)
+    where = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
+    unit = {"row_scale": torch.ones(64, 1), "column_scale": torch.ones(64, 1)} | where
+
+    def theirs() -> torch.Tensor:
+        return torch.nn.functional.linear(x.bfloat16(), w.bfloat16())
+
+    def ours() -> torch.Tensor:
+        return int8_linear(codes, codes, **unit)
+
+    first = theirs(), torch._int_mm(codes, codes.T), ours()
+    for _ in range(3):
+        for found, expected in zip((theirs(), torch._int_mm(codes, codes.T), ours()), first, strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("flag", library.CPU_FLAGS)

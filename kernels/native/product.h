@@ -1,0 +1,79 @@
+// What a product is made of, for the driver (product.c) and the instructions that multiply (amx.h, vnni.h).
+
+#ifndef DIT_QUANT_PRODUCT_H
+#define DIT_QUANT_PRODUCT_H
+
+#include "lanes.h"
+#include "quantizer.h"
+#include "team.h"
+
+// of a tile: tokens. Of a strip, which is what is multiplied by a tile at a time: out-features. Of a row: bytes that an
+// instruction works on, zeros behind the last. What is added to the codes of tokens.
+// Of a panel, which a thread multiplies by a tile before it goes to the next tile: strips, so that tokens need not come
+// from far away for every strip. Panels are expensive to pack, or not: the last ones, so many a thread, are taken in
+// pieces, so many a thread, as none must be waited for long.
+#ifdef __AMX_INT8__
+#define TILE_M 32
+#define BLOCK 64
+#define CODE_OFFSET 0
+#define PANEL_STRIPS 8
+#define LAST_PANELS 1
+#define LAST_PIECES 2
+#else
+#define TILE_M 12
+#define BLOCK 4
+#define CODE_OFFSET 128
+#define PANEL_STRIPS 1
+#define LAST_PANELS 2
+#define LAST_PIECES 8
+#endif
+#define STRIP 32
+// a panel stays in a thread's own cache
+#define PANEL_BYTES 786432
+
+typedef struct {
+    // codes [M, K], or what makes them of x on their way into the tiles, and room for those of a tile for each thread
+    const int8_t *a;
+    const Quantizer *quantizer;
+    int8_t *own;
+    const uint8_t *w;
+    const uint8_t *levels;
+    const int8_t *table;
+    int64_t M, N, K, G;
+    const float *row_scale, *row_zero, *column_scale, *bias, *correction;
+    const int32_t *column_sum;
+    int64_t rank;
+    const uint16_t *coordinates;
+    // [rank, N]
+    float *responses;
+    void *y;
+    int dtype;
+    // strips of a panel
+    int64_t panel;
+    // the chunk: its tiles, the panels that are multiplied by a whole part of them, the pieces in which the others are
+    int64_t tile, count, whole, pieces;
+    uint8_t *tokens, *panels;
+    Team team;
+} Product;
+
+INLINE int64_t words(int64_t K) { return (K + BLOCK - 1) / BLOCK * (BLOCK / 4); }
+INLINE int64_t strips(int64_t N) { return (N + STRIP - 1) / STRIP; }
+INLINE int64_t tiles(int64_t M) { return (M + TILE_M - 1) / TILE_M; }
+
+// bytes of a tile's codes, with room behind them, see pack_tile; and with the tokens' terms [2 + rank, TILE_M]: row
+// scales, row zeros and coordinates
+INLINE int64_t codes_size(int64_t K) { return (words(K) * 4 * TILE_M + 16 + 63) / 64 * 64; }
+INLINE int64_t tile_size(int64_t K, int64_t rank) { return codes_size(K) + ((2 + rank) * TILE_M * 4 + 63) / 64 * 64; }
+// with room for the accumulators' first values
+INLINE int64_t strip_size(int64_t K) { return (words(K) * 4 + 4) * STRIP; }
+
+INLINE int64_t panel_strips(int64_t K) {
+    int64_t fit = PANEL_BYTES / strip_size(K);
+    return fit < 1 ? 1 : MIN(fit, PANEL_STRIPS);
+}
+
+INLINE __mmask64 first_bytes(int64_t count) {
+    return count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1;
+}
+
+#endif

@@ -1,0 +1,35 @@
+"""The builds of the C that tests run: those for other CPUs too."""
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from dit_quant.kernels.native import library
+
+EMULATION = Path(__file__).with_name("amx_emulation.h")
+BUILDS = {
+    "VNNI": library.OPTIONS,
+    "AMX": (*library.OPTIONS, *library.AMX_OPTIONS),
+    "AMX emulated": (*library.OPTIONS, "-include", str(EMULATION)),
+}
+
+
+@lru_cache(maxsize=len(BUILDS))
+def built(name: str) -> library.Library:
+    """Compiled once for all modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "library.so"
+        library.compile_to(str(path), BUILDS[name])
+        return library.loaded(path, library.thread_team())
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def build(request):
+    """The library that this module's calls find."""
+    if request.param == "AMX" and (reason := library.amx_refusal()):
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch:
+        found = built(request.param)
+        patch.setattr(library, "library", lambda: found)
+        yield request.param
