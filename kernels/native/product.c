@@ -19,6 +19,8 @@
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
 
+#define VALUES_SIZE (256 * 16)
+
 INLINE int64_t panel_size(int64_t K) { return panel_strips(K) * strip_size(K); }
 INLINE int64_t panels(const Product *p) { return (strips(p->N) + p->panel - 1) / p->panel; }
 
@@ -90,18 +92,20 @@ static void multiply_panels(void *data) {
 
 // bytes of scratch memory
 int64_t linear_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned threads) {
-    return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + rank * N * 4;
+    return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + VALUES_SIZE + rank * N * 4;
 }
 
 // responses [rank, N] fp16; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
-static void multiply_all(Product p, parallel_t parallel, number_t number, unsigned threads, const uint16_t *responses,
-                         uint8_t *buffer) {
+static void multiply_all(Product p, parallel_t parallel, number_t number, unsigned threads, const int8_t *table,
+                         const uint16_t *responses, uint8_t *buffer) {
     int64_t most = chunk_tiles(p.M, p.K, p.rank), chunks = (tiles(p.M) + most - 1) / most;
     int64_t nbytes = p.M * p.N * width(p.dtype);
     p.panel = panel_strips(p.K);
     p.tokens = buffer;
     p.panels = buffer + most * tile_size(p.K, p.rank);
-    p.responses = (float *)(p.panels + threads * panel_size(p.K));
+    p.values = (int8_t(*)[16])(p.panels + threads * panel_size(p.K));
+    if (p.levels) list_values(table, p.values);
+    p.responses = (float *)(p.values + 256);
     for (int64_t at = 0; at < p.rank * p.N; at += LANES) {
         __mmask16 mask = first_lanes(p.rank * p.N - at);
         store_lanes(p.responses, FP32, at, mask, load_lanes(responses, FP16, at, mask));
@@ -133,11 +137,10 @@ void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t
             const float *row_scale, const float *row_zero, const float *column_scale, const int32_t *column_sum,
             const float *bias, const float *correction, int64_t rank, const uint16_t *coordinates,
             const uint16_t *responses, void *y, int dtype, uint8_t *buffer) {
-    Product p = {.a = a, .w = w, .levels = levels, .table = table, .M = M, .N = N, .K = K, .G = G,
-                 .row_scale = row_scale, .row_zero = row_zero, .column_scale = column_scale, .bias = bias,
-                 .correction = correction, .column_sum = column_sum, .rank = rank, .coordinates = coordinates, .y = y,
-                 .dtype = dtype};
-    multiply_all(p, parallel, number, threads, responses, buffer);
+    Product p = {.a = a, .w = w, .levels = levels, .M = M, .N = N, .K = K, .G = G, .row_scale = row_scale,
+                 .row_zero = row_zero, .column_scale = column_scale, .bias = bias, .correction = correction,
+                 .column_sum = column_sum, .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
+    multiply_all(p, parallel, number, threads, table, responses, buffer);
 }
 
 // bytes of scratch memory
@@ -165,9 +168,9 @@ void layer(parallel_t parallel, number_t number, unsigned threads, const void *x
     Quantizer quantizer = quantizer_of(threads, x, dtype, M, K, stride, shift, smooth, rank, rank > 0, coordinates,
                                        directions, order, symmetric, fixed_scale, fixed_zero, scale,
                                        zeros ? zero : NULL, tables);
-    Product p = {.quantizer = &quantizer, .own = (int8_t *)(coordinates + M * rank), .w = w, .levels = levels,
-                 .table = table, .M = M, .N = N, .K = K, .G = G, .row_scale = scale, .row_zero = zeros ? zero : NULL,
+    Product p = {.quantizer = &quantizer, .own = (int8_t *)(coordinates + M * rank), .w = w, .levels = levels, .M = M,
+                 .N = N, .K = K, .G = G, .row_scale = scale, .row_zero = zeros ? zero : NULL,
                  .column_scale = column_scale, .bias = bias, .correction = correction, .column_sum = column_sum,
                  .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
-    multiply_all(p, parallel, number, threads, responses, buffer);
+    multiply_all(p, parallel, number, threads, table, responses, buffer);
 }

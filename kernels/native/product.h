@@ -38,7 +38,8 @@ typedef struct {
     int8_t *own;
     const uint8_t *w;
     const uint8_t *levels;
-    const int8_t *table;
+    // [256, 16], of 4-bit weights
+    int8_t (*values)[16];
     int64_t M, N, K, G;
     const float *row_scale, *row_zero, *column_scale, *bias, *correction;
     const int32_t *column_sum;
