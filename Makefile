@@ -3,6 +3,7 @@
 #   make demo     quantizes the bundled DiT; writes demo_output/comparison.png and demo_output/report.json
 #   make test     the test suite; host tests run where a ComfyUI is found (COMFYUI_PATH, or ~/ComfyUI)
 #   make check    linter, formatter, type checker
+#   make oldest-triton    brings a second Triton, which `make test` then compiles the kernels with, too (Linux)
 #
 # Without make, and on Windows:
 #
@@ -25,11 +26,13 @@ TORCH ?= torch==2.13.0
 export OMP_WAIT_POLICY ?= PASSIVE
 # compiled C and tuning results
 export DIT_QUANT_CACHE ?= $(CURDIR)/.venv/cache
+# the oldest Triton that the kernels take, where `make oldest-triton` has brought it
+export DIT_QUANT_OLDEST_TRITON ?= $(wildcard $(CURDIR)/.venv/oldest-triton)
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check oldest-triton clean
 
 demo: .venv/installed
 	$(BIN)/python -m dit_quant.demo
@@ -41,6 +44,8 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+oldest-triton: .venv/oldest-triton
 
 clean:
 	rm -rf .venv demo_output build *.egg-info
@@ -55,3 +60,6 @@ clean:
 .venv/installed-dev: .venv/installed
 	$(INSTALL) -e '.[dev]' 'pyright[nodejs]'
 	touch $@
+
+.venv/oldest-triton: .venv/installed
+	$(INSTALL) --no-deps --target $@ triton==3.4.0

@@ -110,11 +110,12 @@ def fused_table(result: dict) -> str:
 
 def where(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
-    device = (
-        machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['torch_threads']} threads"
-    )
     kitchen = f", comfy-kitchen {versions['comfy-kitchen']}" if "comfy-kitchen" in versions else ""
-    return f"{device}; torch {versions['torch']}{kitchen}."
+    return f"{device(machine)}; torch {versions['torch']}{kitchen}."
+
+
+def device(machine: dict) -> str:
+    return machine["device"] if machine["device"] != "cpu" else f"{machine['cpu']}, {machine['torch_threads']} threads"
 
 
 def found(pattern: str) -> list[tuple[Path, dict]]:
@@ -126,8 +127,7 @@ def main() -> None:
     gpus = [result for result in layers if result["machine"]["device"] != "cpu"]
     tables = [*map(summary_table, gpus)]
     for result in layers:
-        device = result["machine"]["device"]
-        tables.append(folded(f"Every layer on {'a CPU' if device == 'cpu' else device}", kernel_table(result)))
+        tables.append(folded(f"Every layer on {device(result['machine'])}", kernel_table(result)))
     publish("layer speed table", "\n\n".join(tables))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
     publish("fused speed table", "\n\n".join(fused_table(result) for _, result in found("fused_*.json")))

@@ -18,6 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from ..kernels.native.library import amx_refusal
 from ..quant_core.calibration import Calibration
 from ..quant_core.files import read_header
 from ..quant_core.metrics import psnr_db, relative_l2
@@ -239,7 +240,7 @@ def machine() -> dict:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": cpu_name(),
+        "cpu": cpu_name() + (" with AMX" if amx_refusal() is None else ""),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": "cpu",

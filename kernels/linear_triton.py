@@ -48,8 +48,9 @@ def kept(x, OPAQUE: tl.constexpr):
 
 
 @triton.jit
-def addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE: tl.constexpr):
+def addend(operands, N, offs_n, mask_n, INTERPOLATE: tl.constexpr):
     """Bias + correction at offs_n, fp32; 0 where both are absent."""
+    _, _, _, _, bias_ptr, correction_ptr, _, _, index_ptr, fraction_ptr, T, _, _ = operands
     total = tl.zeros(offs_n.shape, tl.float32)
     if bias_ptr is not None:
         total = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -61,34 +62,17 @@ def addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask
 
 @triton.jit
 def epilogue_vectors(
-    row_scale_ptr,
-    row_zero_ptr,
-    column_scale_ptr,
-    column_sum_ptr,
-    bias_ptr,
-    correction_ptr,
-    coordinates_ptr,
-    responses_ptr,
-    index_ptr,
-    fraction_ptr,
-    M,
-    N,
-    T,
-    stride_row_scale,
-    stride_row_zero,
-    first_m,
-    first_n,
-    RANK: tl.constexpr,
-    INTERPOLATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    OPAQUE: tl.constexpr,
-):
+    operands, M, N, first_m, first_n,
+    RANK: tl.constexpr, INTERPOLATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OPAQUE: tl.constexpr,
+):  # fmt: skip
     """All that a tile's epilogue reads, to be called before the main loop: a register or two per vector and thread.
 
+    operands: of the epilogue, in the order of the kernels' arguments, index and fraction, T and the two strides.
     -> row scale, row zero [BLOCK_M]; column scale, sum, addend [BLOCK_N] fp32; RANK vectors of coordinates, bits of
     bf16, and of responses, bits of fp16.
     """
+    row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, _, _, coordinates_ptr, responses_ptr = operands[:8]
+    stride_row_scale, stride_row_zero = operands[11:]
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     row_scale = kept(tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0), OPAQUE)
@@ -97,7 +81,7 @@ def epilogue_vectors(
     if row_zero_ptr is not None:
         row_zero = kept(tl.load(row_zero_ptr + offs_m * stride_row_zero, mask=mask_m, other=0.0), OPAQUE)
         column_sum = kept(tl.load(column_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32), OPAQUE)
-    added = addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)
+    added = addend(operands, N, offs_n, mask_n, INTERPOLATE)
     coordinates = ()
     responses = ()
     for r in tl.static_range(RANK):
@@ -133,119 +117,86 @@ def write_tile(
 
 
 @triton.jit
-def finish_tile(
-    acc,
-    vectors,
-    y_ptr,
-    M,
-    N,
-    first_m,
-    first_n,
-    ZERO: tl.constexpr,
-    ADDEND: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STORE: tl.constexpr,
-):
+def finish_early(
+    acc, vectors, operands, y_ptr, M, N, first_m, first_n,
+    RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N] int32 -> y, with the results of `epilogue_vectors`; the reference's operations in its
     order, none of them fused."""
     row_scale, row_zero, column_scale, column_sum, added, coordinates, responses = vectors
+    _, row_zero_ptr, _, _, bias_ptr, correction_ptr = operands[:6]
     y = acc.to(tl.float32)
-    if ZERO:
+    if row_zero_ptr is not None:
         y = y - row_zero[:, None] * column_sum[None, :]
     y = y * row_scale[:, None] * column_scale[None, :]
     for r in tl.static_range(RANK):
         p, response = coordinates[r].to(tl.bfloat16, bitcast=True), responses[r].to(tl.float16, bitcast=True)
         y = plus_direction(y, p.to(tl.float32), response.to(tl.float32))
-    if ADDEND:
+    if bias_ptr is not None or correction_ptr is not None:
         y = y + added[None, :]
     write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N, STORE)
 
 
 @triton.jit
-def store_tile(
-    acc,
-    y_ptr,
-    row_scale_ptr,
-    row_zero_ptr,
-    column_scale_ptr,
-    column_sum_ptr,
-    bias_ptr,
-    correction_ptr,
-    coordinates_ptr,
-    responses_ptr,
-    index_ptr,
-    fraction_ptr,
-    M,
-    N,
-    T,
-    stride_row_scale,
-    stride_row_zero,
-    first_m,
-    first_n,
-    RANK: tl.constexpr,
-    INTERPOLATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr,
-    STORE: tl.constexpr,
-):
-    """acc [BLOCK_M, BLOCK_N] int32 -> y as `finish_tile`, where registers do not hold the vectors during the main loop.
+def finish_late(
+    acc, operands, y_ptr, M, N, first_m, first_n,
+    RANK: tl.constexpr, INTERPOLATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """As `finish_early`, where registers do not hold the vectors during the main loop."""
+    row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr = operands[:6]
+    coordinates_ptr, responses_ptr = operands[6:8]
+    stride_row_scale, stride_row_zero = operands[11:]
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    y = acc.to(tl.float32)
+    if row_zero_ptr is not None:
+        row_zero = tl.load(row_zero_ptr + offs_m * stride_row_zero, mask=mask_m, other=0.0)
+        column_sum = tl.load(column_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+        y = y - row_zero[:, None] * column_sum[None, :]
+    row_scale = tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)
+    column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
+    y = y * row_scale[:, None] * column_scale[None, :]
+    if RANK > 0:
+        # one after the other: unrolled, the loads of all would want registers at once
+        for r in tl.range(RANK, num_stages=1, loop_unroll_factor=1):
+            p = tl.load(coordinates_ptr + offs_m * RANK + r, mask=mask_m, other=0.0).to(tl.float32)
+            response = tl.load(responses_ptr + r * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            y = plus_direction(y, p, response)
+    if bias_ptr is not None or correction_ptr is not None:
+        y = y + addend(operands, N, offs_n, mask_n, INTERPOLATE)[None, :]
+    write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N, STORE)
 
-    PARTS 2: one half of the columns after the other, for tiles whose column vectors would not fit in registers.
+
+@triton.jit
+def halves(acc):
+    """Left and right columns."""
+    HALF: tl.constexpr = acc.shape[1] // 2
+    return acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+
+
+@triton.jit
+def finish_tile(
+    acc, vectors, operands, y_ptr, M, N, first_m, first_n,
+    RANK: tl.constexpr, INTERPOLATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+    STORE: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N] int32 -> y. vectors: of `epilogue_vectors`, or None.
+
+    PARTS 2, 4: columns one part after the other, for tiles whose column vectors would not fit in registers.
     """
-    if PARTS > 1:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            store_tile(
-                left if half == 0 else right,
-                y_ptr,
-                row_scale_ptr,
-                row_zero_ptr,
-                column_scale_ptr,
-                column_sum_ptr,
-                bias_ptr,
-                correction_ptr,
-                coordinates_ptr,
-                responses_ptr,
-                index_ptr,
-                fraction_ptr,
-                M,
-                N,
-                T,
-                stride_row_scale,
-                stride_row_zero,
-                first_m,
-                first_n + half * HALF,
-                RANK,
-                INTERPOLATE,
-                BLOCK_M,
-                HALF,
-                PARTS // 2,
-                STORE,
-            )
+    if vectors is not None:
+        finish_early(acc, vectors, operands, y_ptr, M, N, first_m, first_n, RANK, BLOCK_M, BLOCK_N, STORE)
     else:
-        offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_m < M, offs_n < N
-        y = acc.to(tl.float32)
-        if row_zero_ptr is not None:
-            row_zero = tl.load(row_zero_ptr + offs_m * stride_row_zero, mask=mask_m, other=0.0)
-            column_sum = tl.load(column_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
-            y = y - row_zero[:, None] * column_sum[None, :]
-        row_scale = tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)
-        column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)
-        y = y * row_scale[:, None] * column_scale[None, :]
-        if RANK > 0:
-            # one after the other: unrolled, the loads of all would want registers at once
-            for r in tl.range(RANK, num_stages=1, loop_unroll_factor=1):
-                p = tl.load(coordinates_ptr + offs_m * RANK + r, mask=mask_m, other=0.0).to(tl.float32)
-                response = tl.load(responses_ptr + r * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-                y = plus_direction(y, p, response)
-        if bias_ptr is not None or correction_ptr is not None:
-            y = (
-                y
-                + addend(bias_ptr, correction_ptr, index_ptr, fraction_ptr, T, N, offs_n, mask_n, INTERPOLATE)[None, :]
-            )
-        write_tile(y, y_ptr, M, N, first_m, first_n, BLOCK_M, BLOCK_N, STORE)
+        # no function calls itself: Triton before 3.5 looks for the end of that forever
+        parts = (acc,)
+        if PARTS == 2:
+            parts = halves(acc)
+        elif PARTS == 4:
+            left, right = halves(acc)
+            parts = halves(left) + halves(right)
+        WIDTH: tl.constexpr = BLOCK_N // PARTS
+        for part in tl.static_range(PARTS):
+            finish_late(
+                parts[part], operands, y_ptr, M, N, first_m, first_n + part * WIDTH,
+                RANK, INTERPOLATE, BLOCK_M, WIDTH, STORE,
+            )  # fmt: skip

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from .directions import check
-from .triton_device import capability_of, device_refusal, interpreted
+from .triton_device import capability_of, device_refusal
 
 # a row of more columns is read twice: its registers would spill on one card or another
 LONGEST_ROW = 15360
 LONGEST_FUSED_ROW = 13824
 ORDERS = (1, 4, 16, 64, 256)
-# the device functions use tuples of tensors
-OLDEST_TRITON = (3, 3)
 # a thread's neighbouring columns: 16 bytes of a half-precision row, 8 bytes of codes
 VECTOR = 8
 REGISTER_FILE = 65536
@@ -151,17 +149,7 @@ def refusal(
         return f"K={K} is not divisible by the Hadamard block {hadamard}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is not float32, float16 or bfloat16"
-    reason = device_refusal(device)
-    return reason if reason is not None or interpreted() else too_old()
-
-
-@lru_cache(maxsize=1)
-def too_old() -> str | None:
-    from .quantize_rows_triton import VERSION
-
-    if tuple(int(part) for part in VERSION.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {VERSION} < {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}"
-    return None
+    return device_refusal(device)
 
 
 def launch(

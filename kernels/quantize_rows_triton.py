@@ -22,8 +22,6 @@ from .quantizing_triton import (
     table_value,
 )
 
-VERSION = triton.__version__
-
 
 @triton.jit
 def prologue(chunk, up, PROLOGUE: tl.constexpr):
@@ -85,8 +83,9 @@ def coordinates_along(
                 added = added + (part,)
             parts = added
         sums = row_sums(parts)
-        for r in tl.static_range(min(4, RANK - first)):
-            found = found + (sums[r].to(tl.bfloat16),)
+        for r in tl.static_range(4):
+            if first + r < RANK:
+                found = found + (sums[r].to(tl.bfloat16),)
     return found
 
 

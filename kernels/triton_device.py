@@ -8,6 +8,8 @@ import torch
 
 # int8 tensor-core instructions of Triton begin here; Turing's were dropped upstream
 MIN_CAPABILITY = (8, 0)
+# the first one that takes tuples in which operands are absent; torch 2.8 comes with it
+OLDEST_TRITON = (3, 4)
 
 
 def interpreted() -> bool:
@@ -44,4 +46,13 @@ def device_refusal(device: torch.device) -> str | None:
     capability = capability_of(device)
     if not torch.version.hip and capability < 10 * MIN_CAPABILITY[0] + MIN_CAPABILITY[1]:
         return f"compute capability {capability // 10}.{capability % 10} < {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    return too_old()
+
+
+@lru_cache(maxsize=1)
+def too_old() -> str | None:
+    from .version_triton import VERSION
+
+    if tuple(int(part) for part in VERSION.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {VERSION} < {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}: update torch to 2.8 or newer"
     return None

@@ -95,21 +95,30 @@ class Compiled:
         return found
 
 
-def compile_all(requests: list[Compilation], cache: Path | None = None, timeout: float = 900) -> list[Compiled]:
-    """In as many subprocesses as there are cores. `cache`: Triton's cache folder, by default its usual one."""
+def compile_all(
+    requests: list[Compilation], cache: Path | None = None, timeout: float = 900, triton: Path | None = None
+) -> list[Compiled]:
+    """In as many subprocesses as there are cores.
+
+    cache: Triton's cache folder, by default its usual one. triton: a folder with another Triton.
+    """
     shares = max(1, min(os.cpu_count() or 1, len(requests)))
     results: list[Compiled] = [Compiled("", 0)] * len(requests)
     with ThreadPoolExecutor(shares) as pool:
-        done = pool.map(lambda share: _compile_share(requests[share::shares], cache, timeout), range(shares))
+        done = pool.map(lambda share: _compile_share(requests[share::shares], cache, timeout, triton), range(shares))
         for share, compiled in enumerate(done):
             results[share::shares] = compiled
     return results
 
 
-def _compile_share(requests: list[Compilation], cache: Path | None, timeout: float) -> list[Compiled]:
+def _compile_share(
+    requests: list[Compilation], cache: Path | None, timeout: float, triton: Path | None
+) -> list[Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if cache is not None:
         environment["TRITON_CACHE_DIR"] = str(cache)
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps([asdict(request) for request in requests]),
@@ -150,7 +159,8 @@ def compile_one(request: Compilation) -> Compiled:
         warps=compiled.metadata.num_warps,
         seconds=round(seconds, 3),
         cached=all(hits),
-        cubin=str(compiled.metadata_group.get(f"{request.kernel}.cubin", "")),
+        # Triton 3.4 does not tell
+        cubin=str(getattr(compiled, "metadata_group", {}).get(f"{request.kernel}.cubin", "")),
     )
 
 

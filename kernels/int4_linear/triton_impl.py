@@ -13,7 +13,7 @@ from torch import Tensor
 from ..descriptors_triton import described, loads, stores
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
-from ..linear_triton import epilogue_vectors, finish_tile, store_tile, tile_position
+from ..linear_triton import epilogue_vectors, finish_tile, tile_position
 from ..tiles import Tile, family_of
 from ..triton_device import capability_of
 from .decode_triton import decode_tile
@@ -72,11 +72,14 @@ def int4_linear_kernel(
     """
     tile_m, tile_n = tile_position(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    operands = (
+        row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr, coordinates_ptr,
+        responses_ptr, index_ptr, fraction_ptr, T, stride_row_scale, stride_row_zero,
+    )  # fmt: skip
+    vectors = None
     if EARLY:
         vectors = epilogue_vectors(
-            row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr, coordinates_ptr,
-            responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero, first_m, first_n,
-            RANK, INTERPOLATE, BLOCK_M, BLOCK_N, OPAQUE,
+            operands, M, N, first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, OPAQUE
         )  # fmt: skip
     LEVELS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
     offs_k = tl.arange(0, BLOCK_K)
@@ -127,16 +130,9 @@ def int4_linear_kernel(
                 a_ptr += BLOCK_K
     if TRANSPOSED:
         acc = acc.T
-    if EARLY:
-        ZERO: tl.constexpr = row_zero_ptr is not None
-        ADDEND: tl.constexpr = bias_ptr is not None or correction_ptr is not None
-        finish_tile(acc, vectors, y_ptr, M, N, first_m, first_n, ZERO, ADDEND, RANK, BLOCK_M, BLOCK_N, STORE)
-    else:
-        store_tile(
-            acc, y_ptr, row_scale_ptr, row_zero_ptr, column_scale_ptr, column_sum_ptr, bias_ptr, correction_ptr,
-            coordinates_ptr, responses_ptr, index_ptr, fraction_ptr, M, N, T, stride_row_scale, stride_row_zero,
-            first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS, STORE,
-        )  # fmt: skip
+    finish_tile(
+        acc, vectors, operands, y_ptr, M, N, first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, PARTS, STORE
+    )  # fmt: skip
 
 
 def refusal(

@@ -1,4 +1,4 @@
-"""int8 x int8 product in C: AVX-512 VNNI, its epilogue on the accumulators while they are in registers."""
+"""int8 x int8 product in C: AVX-512 VNNI or AMX, its epilogue on the accumulators while they are near."""
 
 from typing import NamedTuple
 

@@ -190,6 +190,8 @@ def function(loaded: ctypes.CDLL, name: str, team: tuple[int, ...]) -> Callable:
 
 def amx_refusal() -> str | None:
     """None, or why products do without AMX."""
+    if reason := unsupported():
+        return reason
     missing = [flag for flag in AMX_FLAGS if flag not in cpu_flags()]
     if missing:
         return f"this CPU has no {', '.join(missing)}"

@@ -138,13 +138,16 @@ def test_a_compiler_that_does_not_know_amx_does_without_it_and_says_so(monkeypat
 
 @pytest.mark.parametrize("flag", library.AMX_FLAGS)
 def test_why_amx_is_not_used(monkeypatch, flag):
-    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.AMX_FLAGS} - {flag})
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS} - {flag})
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     assert library.amx_refusal() == f"this CPU has no {flag}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
 def test_registers_that_linux_refuses_are_not_used(monkeypatch):
-    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.AMX_FLAGS})
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS})
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(library, "ASK_FOR_AMX", (158, -1, 0))
     assert library.amx_refusal() == "Linux refuses the registers of AMX: Invalid argument"
 

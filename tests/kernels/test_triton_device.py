@@ -16,6 +16,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(triton_device, "interpreted", lambda: interpreted)
         monkeypatch.setattr(triton_device, "_capability", lambda _: 10 * capability[0] + capability[1])
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(triton_device, "too_old", lambda: None)
 
     return pretend
 
@@ -49,3 +50,22 @@ def test_cpu_tensors_only_in_the_interpreter(machine):
 def test_missing_triton_comes_first(machine):
     machine((7, 5), installed=False)
     assert triton_device.device_refusal(CUDA) == "triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.3.1", "triton 3.3.1 < 3.4: update torch to 2.8 or newer"),
+        ("2.1.0+git", "triton 2.1.0+git < 3.4: update torch to 2.8 or newer"),
+        ("3.4.0", None),
+        ("3.10.0.post2", None),
+    ],
+)
+def test_older_triton_is_named(monkeypatch, version, reason):
+    pytest.importorskip("triton")
+    from dit_quant.kernels import version_triton
+
+    monkeypatch.setattr(version_triton, "VERSION", version)
+    triton_device.too_old.cache_clear()
+    assert triton_device.too_old() == reason
+    triton_device.too_old.cache_clear()

@@ -1,0 +1,5 @@
+"""Which Triton there is."""
+
+import triton
+
+VERSION = triton.__version__

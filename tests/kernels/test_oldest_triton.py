@@ -1,0 +1,41 @@
+"""The oldest Triton that the kernels take compiles them too: later ones understand more of Python.
+
+DIT_QUANT_OLDEST_TRITON: a folder with that version; `make oldest-triton` makes one, and `make test` then finds it.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from ahead_of_time import Compiled, compile_all
+from dit_quant.kernels.triton_device import OLDEST_TRITON
+from linear_compilations import compilations as linears
+from quantizers_compilations import compilations as quantizers
+
+FOLDER = Path(os.environ.get("DIT_QUANT_OLDEST_TRITON", ""))
+
+pytestmark = pytest.mark.skipif(not FOLDER.name, reason="DIT_QUANT_OLDEST_TRITON is not set: make oldest-triton")
+# every third: of each target and kernel some
+REQUESTS = [request for request, _ in (*linears(), *quantizers()) if isinstance(request.capability, int)][::3]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[Compiled]:
+    return compile_all(REQUESTS, cache=tmp_path_factory.mktemp("cache"), triton=FOLDER)
+
+
+def test_it_is_that_version():
+    (found,) = FOLDER.glob("triton-*.dist-info")
+    assert found.name.startswith("triton-{}.{}.".format(*OLDEST_TRITON))
+
+
+@pytest.mark.parametrize("position", range(len(REQUESTS)), ids=[f"{r.name} sm{r.capability}" for r in REQUESTS])
+def test_it_compiles_what_ships(position, results):
+    assert results[position].error == ""
+
+
+def test_a_form_of_every_kernel_is_among_them():
+    kernels = {r.kernel for r in REQUESTS}
+    assert kernels == {"int8_linear_kernel", "int4_linear_kernel", "quantize_rows", "quantize_long_rows"}
+    assert any(r.constexprs.get("FIND") for r in REQUESTS)
+    assert any(r.constexprs.get("PARTS", 1) > 1 and not r.constexprs["EARLY"] for r in REQUESTS)
