@@ -7,11 +7,11 @@
 #include "quantizer.h"
 #include "team.h"
 
-// of a tile: tokens. Of a strip, which is what is multiplied by a tile at a time: out-features. Of a row: bytes that an
-// instruction works on, zeros behind the last. What is added to the codes of tokens.
-// Of a panel, which a thread multiplies by a tile before it goes to the next tile: strips, so that tokens need not come
-// from far away for every strip. Panels are expensive to pack, or not: the last ones, so many a thread, are taken in
-// pieces, so many a thread, as none must be waited for long.
+// TILE_M tokens are a tile; STRIP out-features a strip, which is multiplied by a tile at a time; PANEL_STRIPS at most a
+// panel, which a thread multiplies by a tile before it goes to the next: tokens then come from far away once a panel.
+// BLOCK: bytes of a row that an instruction works on, zeros behind the last. CODE_OFFSET is added to codes of tokens.
+// The last panels, LAST_PANELS a thread, are cut into pieces, LAST_PIECES a thread: none must be waited for long, but
+// every piece packs its panel anew.
 #ifdef __AMX_INT8__
 #define TILE_M 32
 #define BLOCK 64
