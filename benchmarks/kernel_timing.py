@@ -1,5 +1,6 @@
 """Interleaved timing, and what the machine itself can do: copies and plain matrix products."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -48,15 +49,18 @@ class Clock:
 def race(
     clock: Clock, contenders: dict[str, Callable[[], object]], rounds: int, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, by turns, each round beginning with another; NaN where a contender
-    sat out because it had used `budget` seconds."""
+    """Seconds of every contender in every round; NaN where a contender sat out because it had used `budget` seconds.
+
+    Each round in another order: what a contender leaves behind, such as freed memory that the system takes back, must
+    not always fall to the same one.
+    """
     for run in contenders.values():
         run()
         clock.time(run)
-    names, found = list(contenders), {name: [] for name in contenders}
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(list(contenders), len(contenders)):
             spent = sum(s for s in found[name] if isfinite(s))
             out = turn >= FEWEST and spent > budget
             found[name].append(nan if out else clock.time(contenders[name]))

@@ -201,12 +201,15 @@ def amx_refusal() -> str | None:
 
 def built() -> Path:
     """The shared library with what this CPU has. Raises as `compiled`."""
-    if amx_refusal() is None:
+    reason = amx_refusal()
+    if reason is None:
         try:
             return compiled((*OPTIONS, *AMX_OPTIONS))
         except RuntimeError as error:
             # compilers before 2021 do not know it
-            log.warning("products on the CPU do without AMX, at about half the speed: %s", first_line(error))
+            reason = first_line(error)
+    if cpu_flags().issuperset(AMX_FLAGS):
+        log.warning("products on the CPU do without AMX, at about half the speed: %s", reason)
     return compiled(OPTIONS)
 
 

@@ -131,9 +131,19 @@ def test_a_compiler_that_does_not_know_amx_does_without_it_and_says_so(monkeypat
     script = f'case "$*" in *amx*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac; exec {real} "$@"'
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "old-cc", script))
     monkeypatch.setattr(library, "amx_refusal", lambda: None)
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS})
     assert isinstance(library.library(), library.Library)
     assert "do without AMX" in caplog.text
     assert "unrecognized option" in caplog.text
+
+
+@runs
+@pytest.mark.parametrize("flags", [(), library.AMX_FLAGS], ids=["without AMX", "with AMX"])
+def test_registers_that_are_refused_are_said_where_there_are_any(monkeypatch, caplog, flags):
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *flags})
+    monkeypatch.setattr(library, "amx_refusal", lambda: "Linux refuses the registers of AMX: No space left on device")
+    assert isinstance(library.library(), library.Library)
+    assert ("No space left" in caplog.text) == bool(flags)
 
 
 @pytest.mark.parametrize("flag", library.AMX_FLAGS)
