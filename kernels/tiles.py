@@ -22,7 +22,7 @@ class Tile:
     around the loop (500 instructions more per step), only acts on loops with one product.
     parts: pieces of the epilogue, where the whole tile's column vectors would not fit in registers.
     early: what the epilogue reads is loaded before a main loop without masks, and `parts` is not used. Measured on
-    Hopper; on other cards wherever registers allow it.
+    Hopper; on other cards wherever registers allow it, those that Triton 3.4 to 3.6 count, too, for the largest tile.
     descriptors: int8 operands are loaded through tensor descriptors (TMA): one thread asks for a block, none holds
     addresses. store: y is written that way.
     ahead: int4_linear loads codes to registers, a step before they are decoded.
@@ -47,7 +47,7 @@ class Tile:
 
 
 AMPERE_INT8 = (
-    Tile(128, 256, 64, warps=8, stages=3, dots=2, early=True),
+    Tile(128, 256, 64, warps=8, stages=3, dots=2),
     Tile(128, 128, 64, warps=4, stages=3, dots=2),
     Tile(64, 128, 64, warps=4, stages=3, dots=2, early=True),
     Tile(64, 64, 64, warps=4, stages=4, dots=2, early=True),
@@ -107,7 +107,7 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(16, 32, 128, warps=4, stages=5),
     ),
     ("int8_linear", 120): (
-        Tile(128, 256, 64, warps=8, stages=3, dots=2, early=True),
+        Tile(128, 256, 64, warps=8, stages=3, dots=2),
         Tile(128, 128, 64, warps=4, stages=4, early=True),
         Tile(64, 128, 64, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4, early=True),

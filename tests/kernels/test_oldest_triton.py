@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from ahead_of_time import Compiled, compile_all
+from dit_quant.kernels.tiles import TILES, family_of
 from dit_quant.kernels.triton_device import OLDEST_TRITON
 from linear_compilations import compilations as linears
+from linear_compilations import int8_compilation
 from quantizers_compilations import compilations as quantizers
 
 FOLDER = Path(os.environ.get("DIT_QUANT_OLDEST_TRITON", ""))
@@ -39,3 +41,11 @@ def test_a_form_of_every_kernel_is_among_them():
     assert kernels == {"int8_linear_kernel", "int4_linear_kernel", "quantize_rows", "quantize_long_rows"}
     assert any(r.constexprs.get("FIND") for r in REQUESTS)
     assert any(r.constexprs.get("PARTS", 1) > 1 and not r.constexprs["EARLY"] for r in REQUESTS)
+
+
+def test_the_largest_tiles_of_gaming_cards_do_not_spill(tmp_path):
+    """Compilers before Triton 3.7 want more registers."""
+    tiles = {capability: TILES["int8_linear", family_of(capability)][0] for capability in (80, 86, 89, 120)}
+    requests = [int8_compilation(capability, tile) for capability, tile in tiles.items()]
+    found = {result.capability: result.spills for result in compile_all(requests, cache=tmp_path, triton=FOLDER)}
+    assert found == dict.fromkeys(tiles, 0)
