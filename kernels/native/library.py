@@ -208,9 +208,10 @@ def built() -> Path:
         except RuntimeError as error:
             # compilers before 2021 do not know it
             reason = first_line(error)
+    path = compiled(OPTIONS)
     if cpu_flags().issuperset(AMX_FLAGS):
         log.warning("products on the CPU do without AMX, at about half the speed: %s", reason)
-    return compiled(OPTIONS)
+    return path
 
 
 def compiled(options: tuple[str, ...]) -> Path:
