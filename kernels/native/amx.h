@@ -13,6 +13,7 @@
 // rows of a slice of the epilogue
 #define SLICE_ROWS 8
 #define SLICES (TILE_M / SLICE_ROWS)
+#define EIGHT(x) x, x, x, x, x, x, x, x
 
 // of a tile of tokens times a strip: terms of the tokens, and sums before their epilogue
 typedef struct {
@@ -29,15 +30,12 @@ typedef struct {
 
 // four tiles of accumulators, two of tokens, two of weights
 INLINE void start_multiplying(Multiplier *u) {
-    struct {
+    // constant: to GCC the instruction reads 8 bytes, and it leaves out what would write the others
+    static const struct {
         uint8_t palette, start, unused[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shape.bytes[i] = BLOCK;
-        shape.rows[i] = TILE_ROWS;
-    }
+    } shape = {.palette = 1, .bytes = {EIGHT(BLOCK)}, .rows = {EIGHT(TILE_ROWS)}};
     _tile_loadconfig(&shape);
     u->sums[0].rows = u->sums[1].rows = u->turn = 0;
 }
@@ -63,15 +61,17 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, __m51
                      const int wide) {
     const int64_t steps = words(p->K) * 4 / BLOCK;
     int64_t slice = 0;
+    // tokens and weights are in memory by now: GCC does not know that tiles are loaded from there
+    __asm__ volatile("" ::: "memory");
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; step++, a += TILE_M * BLOCK, w += STRIP * BLOCK) {
+        _tile_stream_loadd(6, w, BLOCK);
+        _tile_stream_loadd(7, w + TILE_BYTES, BLOCK);
         _tile_loadd(4, a, BLOCK);
-        _tile_stream_loadd(6, w, 2 * BLOCK);
         _tile_dpbssd(0, 4, 6);
-        _tile_stream_loadd(7, w + BLOCK, 2 * BLOCK);
         _tile_dpbssd(1, 4, 7);
         if (wide) {
             _tile_loadd(5, a + TILE_BYTES, BLOCK);

@@ -60,8 +60,8 @@ INLINE __m512i weights(const Product *p, int64_t n, const Columns *c, int bits) 
     return _mm512_maskz_shuffle_epi8(mask, values, pairs);
 }
 
-// rows n to n + 31 of the weight -> [K / 4, 32] words of four codes, and behind them the accumulators' first values
-// [32]: -CODE_OFFSET times the sum of a row
+// rows n to n + 31 of the weight -> [K / BLOCK, 2, BLOCK / 4, 16] words of four codes, those of 16 rows side by side, and
+// behind them the accumulators' first values [32]: -CODE_OFFSET times the sum of a row
 INLINE void pack_strip(const Product *product, int64_t n, int bits, uint8_t *out) {
     // a copy, which what is stored to `out` cannot change
     const Product local = *product, *p = &local;
@@ -80,8 +80,9 @@ INLINE void pack_strip(const Product *product, int64_t n, int bits, uint8_t *out
                 for (int i = 0; i < 16; i++) r[i] = i < rows ? weights(p, row + i, &columns, bits) : _mm512_setzero_si512();
             transpose(r);
             for (int64_t j = 0; j < MIN(16, words(p->K) - k / 4); j++) {
+                const int64_t word = k / 4 + j, block = word / (BLOCK / 4), place = word % (BLOCK / 4);
                 if (CODE_OFFSET) sum = _mm512_dpbusd_epi32(sum, ones, r[j]);
-                _mm512_store_si512(out + ((k / 4 + j) * 2 + half) * 64, r[j]);
+                _mm512_store_si512(out + ((block * 2 + half) * (BLOCK / 4) + place) * 64, r[j]);
             }
         }
         sum = _mm512_mullo_epi32(sum, _mm512_set1_epi32(-CODE_OFFSET));
