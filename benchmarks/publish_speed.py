@@ -1,4 +1,4 @@
-"""Writes the README's speed tables from kernels_*.json, end_to_end_*.json and fused_*.json in benchmarks/results/.
+"""Writes the README's speed tables from the kernels_*, end_to_end_*, fused_* and compile_times of benchmarks/results/.
 
 python benchmarks/publish_speed.py
 """
@@ -6,6 +6,7 @@ python benchmarks/publish_speed.py
 import json
 from pathlib import Path
 
+from compile_times import table as compile_table
 from readme import ROOT, publish, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -130,6 +131,7 @@ def main() -> None:
         tables.append(folded(f"Every layer on {device(result['machine'])}", kernel_table(result)))
     publish("layer speed table", "\n\n".join(tables))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
+    publish("compile time table", "\n\n".join(compile_table(result) for _, result in found("compile_times.json")))
     publish("fused speed table", "\n\n".join(fused_table(result) for _, result in found("fused_*.json")))
 
 

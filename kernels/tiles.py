@@ -97,8 +97,8 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(16, 32, 128, warps=4, stages=5),
     ),
     ("int8_linear", 100): (
-        Tile(128, 256, 128, warps=8, stages=4, parts=2, descriptors=True),
-        Tile(128, 256, 128, warps=8, stages=4, parts=2),
+        Tile(128, 256, 128, warps=8, stages=4, parts=4, descriptors=True),
+        Tile(128, 256, 128, warps=8, stages=4, parts=4),
         Tile(128, 128, 128, warps=8, stages=4, parts=4, descriptors=True),
         Tile(128, 128, 128, warps=8, stages=4, parts=4),
         Tile(128, 64, 128, warps=4, stages=4, parts=4),

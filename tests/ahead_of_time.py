@@ -22,6 +22,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).absolute().parent.parent
 # bytes of shared memory that one program may have, and registers of one multiprocessor / of one thread
@@ -143,24 +144,35 @@ def compile_one(request: Compilation) -> Compiled:
         compiled = _compile(request)
     except Exception as error:
         return Compiled(request.name, request.capability, error=f"{type(error).__name__}: {error}"[:2000])
-    seconds = time.perf_counter() - start
-    ptx = compiled.asm.get("ptx", compiled.asm.get("amdgcn", ""))
-    matrix = Counter(MATRIX.findall(ptx)) or Counter(re.findall(r"\bv_(?:mfma|wmma)\w+", ptx))
-    registers, spills = _resources(compiled.asm.get("cubin", b"")) or _amd_resources(ptx)
-    return Compiled(
-        name=request.name,
-        capability=request.capability,
-        matrix=dict(matrix),
-        register_operands=len(REGISTER_OPERAND.findall(ptx)),
-        permutes=len(re.findall(r"\bprmt\.b32\b", ptx)),
-        registers=registers,
-        spills=spills,
+    seconds = round(time.perf_counter() - start, 3)
+    # Triton 3.4 does not tell
+    cubin = str(getattr(compiled, "metadata_group", {}).get(f"{request.kernel}.cubin", ""))
+    return read_off(
+        request.name,
+        request.capability,
+        compiled.asm.get("ptx", compiled.asm.get("amdgcn", "")),
+        compiled.asm.get("cubin", b""),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        seconds=round(seconds, 3),
+        seconds=seconds,
         cached=all(hits),
-        # Triton 3.4 does not tell
-        cubin=str(getattr(compiled, "metadata_group", {}).get(f"{request.kernel}.cubin", "")),
+        cubin=cubin,
+    )
+
+
+def read_off(name: str, capability: int | str, assembly: str, binary: bytes, **known: Any) -> Compiled:
+    """assembly, binary: PTX and the object made of it, or AMD's assembly alone; known: what the compiler told."""
+    matrix = Counter(MATRIX.findall(assembly)) or Counter(re.findall(r"\bv_(?:mfma|wmma)\w+", assembly))
+    registers, spills = _resources(binary) or _amd_resources(assembly)
+    return Compiled(
+        name,
+        capability,
+        matrix=dict(matrix),
+        register_operands=len(REGISTER_OPERAND.findall(assembly)),
+        permutes=len(re.findall(r"\bprmt\.b32\b", assembly)),
+        registers=registers,
+        spills=spills,
+        **known,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ahead_of_time import Compiled, compile_all
+from benchmark_scripts import load
 from dit_quant.kernels.tiles import TILES, family_of
 from dit_quant.kernels.triton_device import OLDEST_TRITON
 from linear_compilations import compilations as linears
@@ -49,3 +50,14 @@ def test_the_largest_tiles_of_gaming_cards_do_not_spill(tmp_path):
     requests = [int8_compilation(capability, tile) for capability, tile in tiles.items()]
     found = {result.capability: result.spills for result in compile_all(requests, cache=tmp_path, triton=FOLDER)}
     assert found == dict.fromkeys(tiles, 0)
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+def test_it_takes_what_the_ops_launch(capability, tmp_path):
+    """Operands in a tuple, absent ones in it, and on Hopper tensor descriptors."""
+    dry = load("dry_launches")
+    launches = [dry.Launch(preset, 4096, 3072, 9216) for preset in ("W8A8", "W8A8 static", "W4A8")]
+    for kernels in dry.dry_launches(capability, launches, tmp_path, cache=tmp_path / "cache", triton=FOLDER):
+        quantizer, product = kernels
+        assert quantizer.name == "quantize_rows"
+        assert product.name in ("int8_linear_kernel", "int4_linear_kernel")

@@ -1,0 +1,89 @@
+"""How long the first call of a model's layers takes to compile, without its card.
+
+    python benchmarks/compile_times.py --out benchmarks/results/compile_times.json [--capability 89]
+
+A model and preset get a process and an empty cache of their own, as on an artist's first run; kernels that several
+layers share are compiled once there, too. One process compiles, so that cores do not matter. publish_speed.py writes
+the README's table.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from dit_quant.demo.__main__ import machine, versions
+from dry_launches import Launch, dry_launches
+from kernel_layers import PRESET_NAMES
+from kernel_shapes import LAYERS
+
+# tokens of a picture of 1024 x 1024 pixels, and of a prompt
+TOKENS = (4096, 256)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=89, help="10 major + minor of the card's; default 89")
+    parser.add_argument("--models", default="", help="only models whose name contains this, such as flux")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
+def models(containing: str) -> dict[str, list[tuple[int, int]]]:
+    """Model -> (K, N) of its layers; double and single blocks are of one model."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for layer in LAYERS:
+        name = layer.model.removesuffix(" double").removesuffix(" single")
+        if containing.lower() in name.lower():
+            found.setdefault(name, []).append((layer.K, layer.N))
+    return found
+
+
+def first_call(capability: int, preset: str, layers: list[tuple[int, int]]) -> dict[str, float]:
+    """Kernels that are compiled, seconds in all, and of the one that takes longest."""
+    launches = [Launch(preset, M, K, N) for K, N in layers for M in TOKENS]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        launched = dry_launches(capability, launches, path, cache=path / "cache")
+    seconds = [kernel.seconds for kernels in launched for kernel in kernels if not kernel.cached]
+    return {"kernels": len(seconds), "seconds": round(sum(seconds), 2), "longest": max(seconds)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    chosen = models(args.models)
+    if not chosen:
+        print(f"error: no model with {args.models!r} in its name", file=sys.stderr)
+        return 2
+    rows = {name: {p: first_call(args.capability, p, layers) for p in PRESET_NAMES} for name, layers in chosen.items()}
+    known = versions() | {"triton": metadata.version("triton")}
+    result = {"machine": machine(), "versions": known, "capability": args.capability, "tokens": TOKENS, "rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result) + "\n")
+    print(table(result))
+    return 0
+
+
+def table(result: dict) -> str:
+    """Seconds in all and, in brackets, of how many kernels."""
+    presets = list(next(iter(result["rows"].values())))
+    lines = ["| | " + " | ".join(presets) + " |", "|---|" + "---|" * len(presets)]
+    for model, row in result["rows"].items():
+        cells = [f"{row[preset]['seconds']:.1f} s ({row[preset]['kernels']})" for preset in presets]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    longest = max(cell["longest"] for row in result["rows"].values() for cell in row.values())
+    major, minor = divmod(result["capability"], 10)
+    tokens, cpu = " and ".join(map(str, result["tokens"])), result["machine"]["cpu"]
+    lines.append(
+        f"\nSeconds to compile all kernels of a model (their number) before its first step, at {tokens} tokens, for "
+        f"compute capability {major}.{minor}; no kernel takes more than {longest:.1f} s. {cpu}, one thread; Triton "
+        f"{result['versions']['triton']}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
