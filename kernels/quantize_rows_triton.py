@@ -135,6 +135,9 @@ def quantize_rows(
 
     FIND: the coordinates along the directions are an output, not an operand. HOLD_SHIFT: the shift stays in registers.
     """
+    if not PADDED:
+        # what the compiler knows to be inside needs no mask, and no zeros to start from
+        K = CHUNKS * WIDTH
     index = tl.load(index_ptr)
     fraction = tl.load(fraction_ptr).to(tl.float32)
     shifts, inverses = column_tables(
