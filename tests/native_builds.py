@@ -4,7 +4,6 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-import pytest
 from dit_quant.kernels.native import library
 
 EMULATION = Path(__file__).with_name("amx_emulation.h")
@@ -22,14 +21,3 @@ def built(name: str) -> library.Library:
         path = Path(folder) / "library.so"
         library.compile_to(str(path), BUILDS[name])
         return library.loaded(path, library.thread_team())
-
-
-@pytest.fixture(scope="module", params=BUILDS)
-def build(request):
-    """The library that this module's calls find."""
-    if request.param == "AMX" and (reason := library.amx_refusal()):
-        pytest.skip(reason)
-    with pytest.MonkeyPatch.context() as patch:
-        found = built(request.param)
-        patch.setattr(library, "library", lambda: found)
-        yield request.param

@@ -35,9 +35,7 @@ def int8_linear(
     table: Tensor | None = None,
 ) -> Tensor:
     """As the reference, and bit-equal to it. levels [N, G], table [16]: w is packed, [N, K / 2], see int4_linear."""
-    native = library.library()
-    if isinstance(native, str):
-        raise RuntimeError(native)
+    native = library.required()
     (M, K), N = a.shape, len(w)
     if a.dtype is not torch.int8:
         raise ValueError(f"codes are int8, got {a.dtype}")

@@ -33,9 +33,7 @@ def layer(
     responses: Tensor | None,
 ) -> Tensor:
     """The bits of the two native ops one after the other: x [M, K] float -> [M, N] in its type."""
-    native = library.library()
-    if isinstance(native, str):
-        raise RuntimeError(native)
+    native = library.required()
     (M, K), N = x.shape, len(w)
     tokens = tokens_of(x, index, fraction, shift, smooth, directions, hadamard, static_scale, static_zero)
     weight = weight_of(w, K, index, fraction, levels, None, column_scale, column_sum, bias, correction, responses)
@@ -62,7 +60,6 @@ def layer(
         address(tokens.fixed_zero),
         address(weight.w),
         address(weight.levels),
-        address(weight.table),
         N,
         weight.groups,
         address(weight.scale),

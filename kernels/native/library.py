@@ -82,8 +82,8 @@ SIGNATURES = {
     # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; directions; y, dtype,
     # buffer
     "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, *DIRECTIONS, POINTER, INT, POINTER)),
-    # x, dtype, M, K, stride; offset, smooth; directions; order, symmetric; fixed range; w, levels, table; N, G; column
-    # scale and sum, bias, correction, responses; y; buffer
+    # x, dtype, M, K, stride; offset, smooth; directions; order, symmetric; fixed range; w, levels; N, G; column scale
+    # and sum, bias, correction, responses; y; buffer
     "layer": (
         None,
         (
@@ -97,7 +97,7 @@ SIGNATURES = {
             POINTER,
             INT,
             INT,
-            *[POINTER] * 5,
+            *[POINTER] * 4,
             SIZE,
             SIZE,
             *[POINTER] * 7,
@@ -143,6 +143,14 @@ def library() -> Library | str:
         return loaded(built(), team)
     except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
         return first_line(error)
+
+
+def required() -> Library:
+    """Raises RuntimeError where there is no library."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 def unsupported() -> str | None:

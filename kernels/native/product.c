@@ -155,8 +155,8 @@ int64_t layer_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned thr
 void layer(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M, int64_t K,
            int64_t stride, const float *shift, const float *smooth, int64_t rank, const uint16_t *directions, int order,
            int symmetric, const float *fixed_scale, const float *fixed_zero, const uint8_t *w, const uint8_t *levels,
-           const int8_t *table, int64_t N, int64_t G, const float *column_scale, const int32_t *column_sum,
-           const float *bias, const float *correction, const uint16_t *responses, void *y, uint8_t *buffer) {
+           int64_t N, int64_t G, const float *column_scale, const int32_t *column_sum, const float *bias,
+           const float *correction, const uint16_t *responses, void *y, uint8_t *buffer) {
     uint8_t *room = buffer + (linear_buffer(M, N, K, rank, threads) + 63) / 64 * 64;
     float *tables = (float *)room, *scale = tables + quantizer_buffer(K, rank, threads) / 4, *zero = scale + M;
     uint16_t *coordinates = (uint16_t *)(zero + M);
@@ -172,5 +172,5 @@ void layer(parallel_t parallel, number_t number, unsigned threads, const void *x
                  .N = N, .K = K, .G = G, .row_scale = scale, .row_zero = zeros ? zero : NULL,
                  .column_scale = column_scale, .bias = bias, .correction = correction, .column_sum = column_sum,
                  .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
-    multiply_all(p, parallel, number, threads, table, responses, buffer);
+    multiply_all(p, parallel, number, threads, NULL, responses, buffer);
 }

@@ -55,9 +55,7 @@ def quantize_rows(
     find: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """codes, scale, zero. find: the coordinates are found first, and written."""
-    native = library.library()
-    if isinstance(native, str):
-        raise RuntimeError(native)
+    native = library.required()
     M, K = x.shape
     tokens = tokens_of(x, index, fraction, shift, smooth, directions, hadamard, static_scale, static_zero)
     check(coordinates, directions, M, K)

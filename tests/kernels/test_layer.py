@@ -9,9 +9,7 @@ from dit_quant.kernels.native import layer as native_layer
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import native_impl as quantizer
 from dit_quant.kernels.quantize_along import native_impl as along
-from native_builds import build
 
-__all__ = ["build"]
 pytestmark = [
     pytest.mark.usefixtures("build", "poisoned_empty"),
     pytest.mark.skipif(isinstance(library(), str), reason=f"native: {library()}"),

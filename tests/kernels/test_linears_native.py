@@ -9,9 +9,7 @@ from dit_quant.kernels.int4_linear import reference as int4_reference
 from dit_quant.kernels.int8_linear import native_impl, reference
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.numerics import decode_int4, pack_int4, pack_levels
-from native_builds import build
 
-__all__ = ["build"]
 pytestmark = [
     pytest.mark.usefixtures("build", "poisoned_empty"),
     pytest.mark.skipif(isinstance(library(), str), reason=f"native: {library()}"),
