@@ -52,19 +52,28 @@ def dry_launches(
     cache: Triton's cache folder, by default its usual one. triton: a folder with another Triton. Raises RuntimeError
     with the end of what the process wrote when a launch failed.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if cache is not None:
-        environment["TRITON_CACHE_DIR"] = str(cache)
-    if triton is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [os.environ.get("PYTHONPATH")])])
     job = {"capability": capability, "launches": [asdict(launch) for launch in launches], "folder": str(folder)}
     done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True, env=environment
+        [sys.executable, __file__],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=compiling(cache, triton),
     )
     if done.returncode:
         raise RuntimeError(f"capability {capability}: {done.stderr[-4000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     return [[Kernel(**kernel) for kernel in kernels] for kernels in found]
+
+
+def compiling(cache: Path | None, triton: Path | None) -> dict[str, str]:
+    """The environment of a process that compiles, with another cache or Triton where these are named."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(cache)
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment
 
 
 class Driver:

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmark_scripts import load
+
 ROOT = Path(__file__).absolute().parent.parent
 # bytes of shared memory that one program may have, and registers of one multiprocessor / of one thread
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -115,18 +117,13 @@ def compile_all(
 def _compile_share(
     requests: list[Compilation], cache: Path | None, timeout: float, triton: Path | None
 ) -> list[Compiled]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if cache is not None:
-        environment["TRITON_CACHE_DIR"] = str(cache)
-    if triton is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps([asdict(request) for request in requests]),
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=load("dry_launches").compiling(cache, triton),
     )
     if run.returncode:
         raise RuntimeError(f"compiling failed as a whole: {run.stderr[-4000:]}")
