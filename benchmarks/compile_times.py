@@ -12,13 +12,15 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from dit_quant.demo.__main__ import machine, versions
 from dry_launches import Launch, dry_launches
 from kernel_layers import PRESET_NAMES
 from kernel_shapes import LAYERS
+from publish_speed import compile_table
+
+from kernels import commit, of_kernels
 
 # tokens of a picture of 1024 x 1024 pixels, and of a prompt
 TOKENS = (4096, 256)
@@ -59,30 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no model with {args.models!r} in its name", file=sys.stderr)
         return 2
     rows = {name: {p: first_call(args.capability, p, layers) for p in PRESET_NAMES} for name, layers in chosen.items()}
-    known = versions() | {"triton": metadata.version("triton")}
-    result = {"machine": machine(), "versions": known, "capability": args.capability, "tokens": TOKENS, "rows": rows}
+    result = {
+        "machine": machine(),
+        "versions": versions() | of_kernels(),
+        "commit": commit(),
+        "capability": args.capability,
+        "tokens": TOKENS,
+        "rows": rows,
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result) + "\n")
-    print(table(result))
+    print(compile_table(result))
     return 0
-
-
-def table(result: dict) -> str:
-    """Seconds in all and, in brackets, of how many kernels."""
-    presets = list(next(iter(result["rows"].values())))
-    lines = ["| | " + " | ".join(presets) + " |", "|---|" + "---|" * len(presets)]
-    for model, row in result["rows"].items():
-        cells = [f"{row[preset]['seconds']:.1f} s ({row[preset]['kernels']})" for preset in presets]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    longest = max(cell["longest"] for row in result["rows"].values() for cell in row.values())
-    major, minor = divmod(result["capability"], 10)
-    tokens, cpu = " and ".join(map(str, result["tokens"])), result["machine"]["cpu"]
-    lines.append(
-        f"\nSeconds to compile all kernels of a model (their number) before its first step, at {tokens} tokens, for "
-        f"compute capability {major}.{minor}; no kernel takes more than {longest:.1f} s. {cpu}, one thread; Triton "
-        f"{result['versions']['triton']}."
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

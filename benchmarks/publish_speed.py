@@ -6,7 +6,6 @@ python benchmarks/publish_speed.py
 import json
 from pathlib import Path
 
-from compile_times import table as compile_table
 from readme import ROOT, publish, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,6 +104,24 @@ def fused_table(result: dict) -> str:
         f"\nTime of the host's ops and of the quantizer behind them ({', '.join(quantizers)}) over the time of the "
         "fused quantizer, timed by turns in one run: least and largest over the shapes, above 1.00x fusing is faster. "
         f"{where(result)}"
+    )
+    return "\n".join(lines)
+
+
+def compile_table(result: dict) -> str:
+    """First calls: seconds in all and, in brackets, of how many kernels."""
+    presets = list(next(iter(result["rows"].values())))
+    lines = ["| | " + " | ".join(presets) + " |", "|---|" + "---|" * len(presets)]
+    for model, row in result["rows"].items():
+        cells = [f"{row[preset]['seconds']:.1f} s ({row[preset]['kernels']})" for preset in presets]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    longest = max(cell["longest"] for row in result["rows"].values() for cell in row.values())
+    major, minor = divmod(result["capability"], 10)
+    tokens, cpu = " and ".join(map(str, result["tokens"])), result["machine"]["cpu"]
+    lines.append(
+        f"\nSeconds to compile all kernels of a model (their number) before its first step, at {tokens} tokens, for "
+        f"compute capability {major}.{minor}; no kernel takes more than {longest:.1f} s. {cpu}, one thread; Triton "
+        f"{result['versions']['triton']}."
     )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ def test_kernels_are_compiled_once(tmp_path, monkeypatch, capsys):
     row = result["rows"]["X"]["W8A8 fast"]
     assert row["kernels"] == 3
     assert 0 < row["longest"] < row["seconds"]
-    assert f"{row['seconds']:.1f} s (3)" in compile_times.table(result)
+    assert f"{row['seconds']:.1f} s (3)" in compile_times.compile_table(result)
     assert "compute capability 8.6" in capsys.readouterr().out
 
 
