@@ -1,4 +1,5 @@
-"""Writes the README's speed tables from the kernels_*, end_to_end_*, fused_* and compile_times of benchmarks/results/.
+"""Writes the README's speed tables from kernels_*, end_to_end_*, fused_*, compile_times and launch_cost* in
+benchmarks/results/.
 
 python benchmarks/publish_speed.py
 """
@@ -126,6 +127,22 @@ def compile_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def launch_table(result: dict) -> str:
+    """Microseconds of the host for one call of a layer, as it is and with Triton asked each time."""
+    ways = {"again": "as it is", "asked": "Triton asked each time"}
+    lines = ["| | " + " | ".join(result["rows"]) + " |", "|---|" + "---|" * len(result["rows"])]
+    for way, title in ways.items():
+        cells = [f"{row[way]:.0f} us" if way in row else "-" for row in result["rows"].values()]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    on_cpu = result["machine"]["device"] == "cpu"
+    by = "a driver whose kernels return at once: no card" if on_cpu else "the card's own driver"
+    lines.append(
+        f"\nTime of the host for a layer's two launches, {result['tokens']} tokens and {result['channels']} channels, "
+        f"with {by}; Triton {result['versions']['triton']}. {where(result)}"
+    )
+    return "\n".join(lines)
+
+
 def where(result: dict) -> str:
     machine, versions = result["machine"], result["versions"]
     kitchen = f", comfy-kitchen {versions['comfy-kitchen']}" if "comfy-kitchen" in versions else ""
@@ -149,6 +166,7 @@ def main() -> None:
     publish("layer speed table", "\n\n".join(tables))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
     publish("compile time table", "\n\n".join(compile_table(result) for _, result in found("compile_times.json")))
+    publish("launch cost table", "\n\n".join(launch_table(result) for _, result in found("launch_cost*.json")))
     publish("fused speed table", "\n\n".join(fused_table(result) for _, result in found("fused_*.json")))
 
 

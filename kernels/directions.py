@@ -26,9 +26,10 @@ def check(coordinates: Tensor | None, table: Tensor | None, M: int, D: int) -> N
         raise ValueError("directions and the tokens' coordinates along them come together")
     if (coordinates.dtype, table.dtype) != (torch.bfloat16, torch.float16):
         raise ValueError(f"coordinates are bf16 and their tables fp16, got {coordinates.dtype} and {table.dtype}")
-    if tuple(coordinates.shape) != (M, len(table)) or table.shape[1] != D:
+    R = table.shape[0]
+    if coordinates.shape != (M, R) or table.shape[1] != D:
         raise ValueError(
             f"coordinates {tuple(coordinates.shape)} and their table {tuple(table.shape)} are not [{M}, R], [R, {D}]"
         )
-    if len(table) > MOST:
-        raise ValueError(f"{len(table)} directions are more than {MOST}")
+    if R > MOST:
+        raise ValueError(f"{R} directions are more than {MOST}")

@@ -23,21 +23,19 @@ def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N
         launch(tile)
 
 
-def launch_options(
-    tile: Tile, K: int, correction: Tensor | None, responses: Tensor | None, capability: int
-) -> dict[str, object]:
+def launch_options(tile: Tile, K: int, rank: int, groups: int, capability: int) -> dict[str, object]:
     """The constexprs that both linears share, and Triton's own options. No fused multiply-add: it has other bits."""
     even = K % (tile.block_k * tile.dots) == 0
     return {
-        "RANK": 0 if responses is None else len(responses),
-        "INTERPOLATE": groups_of(correction) > 1,
+        "RANK": rank,
+        "INTERPOLATE": groups > 1,
         "EVEN_K": even,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "DOTS": tile.dots,
-        "PARTS": tile.parts_with(responses is not None, even),
+        "PARTS": tile.parts_with(rank > 0, even),
         "EARLY": tile.early and even,
         "OPAQUE": capability > 0,
         "num_warps": tile.warps,
@@ -65,7 +63,7 @@ def epilogue_operands(
     fraction: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """In the order of the kernels' arguments. column_sum only matters where a zero point multiplies it."""
-    check(coordinates, responses, len(row_scale), column_scale.numel())
+    check(coordinates, responses, row_scale.shape[0], column_scale.numel())
     if row_zero is not None and column_sum is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
     return (
@@ -89,3 +87,7 @@ def row_stride(rows: Tensor | None) -> int:
 
 def groups_of(correction: Tensor | None) -> int:
     return 1 if correction is None else correction.shape[0]
+
+
+def rank_of(responses: Tensor | None) -> int:
+    return 0 if responses is None else responses.shape[0]

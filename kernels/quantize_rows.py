@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .directions import check
+from .launcher import Launcher, launcher
 from .triton_device import capability_of, device_refusal
 
 # a row of more columns is read twice: its registers would spill on one card or another
@@ -180,8 +181,6 @@ def launch(
     gamma, beta [B, K] serve `tokens` consecutive rows each. find: coordinates [M, R] are written, not read; only where
     `finds` says so. Everything else as in the references.
     """
-    from .quantize_rows_triton import quantize_long_rows, quantize_rows
-
     M, K = x.shape
     if hadamard not in ORDERS or K % hadamard:
         raise ValueError(
@@ -197,56 +196,64 @@ def launch(
     codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     zero = torch.empty((rows, 1), dtype=torch.float32, device=x.device) if with_zero else None
-    operands: dict[str, Any] = {
-        "x_ptr": x,
-        "up_ptr": up,
-        "shift_ptr": contiguous(shift),
-        "smooth_ptr": contiguous(smooth),
-        "directions_ptr": contiguous(directions),
-        "coordinates_ptr": contiguous(coordinates),
-        "static_scale_ptr": contiguous(static_scale),
-        "static_zero_ptr": contiguous(static_zero) if ranges == "static" else None,
-        "index_ptr": index,
-        "fraction_ptr": fraction.to(x.device),
-        "codes_ptr": codes,
-        "scale_ptr": scale,
-        "zero_ptr": zero,
-        "M": M,
-        "K": K,
-        "T": next((table.shape[0] for table in (shift, static_scale) if table is not None), 1),
-        "x_stride": x.stride(0),
-        "up_stride": 0 if up is None else up.stride(0),
-        "PROLOGUE": prologue,
-        "RANGE": ranges,
-        "ORDER": hadamard,
-        "RANK": 0 if directions is None else len(directions),
-        # an addition fused with the product before it would round once instead of twice
-        "enable_fp_fusion": False,
-    }
+    tables = (
+        contiguous(shift),
+        contiguous(smooth),
+        contiguous(directions),
+        contiguous(coordinates),
+        contiguous(static_scale),
+        contiguous(static_zero) if ranges == "static" else None,
+        index,
+        fraction if fraction.device == x.device else fraction.to(x.device),
+        codes,
+        scale,
+        zero,
+    )
+    T = next((table.shape[0] for table in (shift, static_scale) if table is not None), 1)
+    sizes = (M, K, T, x.stride(0), 0 if up is None else up.stride(0))
+    count, rank = (shift is not None) + (smooth is not None), 0 if directions is None else directions.shape[0]
     with torch.cuda.device_of(x):
-        tables = (shift is not None) + (smooth is not None)
-        capability = capability_of(x.device)
-        tile = plan(K, hadamard, tables, x.element_size(), prologue, directions is not None, capability, find)
+        kernel, tile = rows_kernel(x.device, K, hadamard, count, x.element_size(), prologue, rank, ranges, find)
         if M == 0:
             pass
         elif tile is not None:
-            grid = min(-(-M // tile.rows), multiprocessors(x.device) * tile.programs_per_multiprocessor)
-            quantize_rows[(grid,)](
-                **operands,
-                weight_ptr=contiguous(weight),
-                bias_ptr=contiguous(bias),
-                gamma_ptr=gamma,
-                beta_ptr=beta,
-                tokens=tokens,
-                gamma_stride=0 if gamma is None else gamma.stride(0),
-                beta_stride=0 if beta is None else beta.stride(0),
-                eps=eps,
-                **(tile.constants(K) | {"FIND": find}),
-                **(tile.compiler_options(ranges, prologue, find) if capability else {}),
-            )
+            most = multiprocessors(x.device) * tile.programs_per_multiprocessor
+            norm = contiguous(weight), contiguous(bias), gamma, beta
+            strides = 0 if gamma is None else gamma.stride(0), 0 if beta is None else beta.stride(0)
+            kernel(min(-(-M // tile.rows), most), x, up, *norm, *tables, *sizes, tokens, *strides, eps)
         else:
-            quantize_long_rows[(M,)](**operands, **LONG_CONSTANTS)
-    return codes, scale.expand(M, 1), None if zero is None else zero.expand(M, 1)
+            kernel(M, x, up, *tables, *sizes)
+    return codes, for_all_rows(scale, M), None if zero is None else for_all_rows(zero, M)
+
+
+@lru_cache(maxsize=1024)
+def rows_kernel(
+    device: torch.device,
+    K: int,
+    order: int,
+    tables: int,
+    itemsize: int,
+    prologue: str,
+    rank: int,
+    ranges: str,
+    find: bool,
+) -> tuple[Launcher, Tile | None]:
+    """What quantizes rows of K columns; without a tile, a program per row that reads it twice."""
+    from .quantize_rows_triton import quantize_long_rows, quantize_rows
+
+    capability = capability_of(device)
+    tile = plan(K, order, tables, itemsize, prologue, rank > 0, capability, find)
+    # an addition fused with the product before it would round once instead of twice
+    given = {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": rank, "enable_fp_fusion": False}
+    if tile is None:
+        return launcher(quantize_long_rows, capability, **given, **LONG_CONSTANTS), None
+    options = tile.compiler_options(ranges, prologue, find) if capability else {}
+    return launcher(quantize_rows, capability, FIND=find, **given, **tile.constants(K), **options), tile
+
+
+def for_all_rows(value: Tensor, M: int) -> Tensor:
+    """[1, 1] or [M, 1] -> [M, 1]."""
+    return value if value.shape[0] == M else value.expand(M, 1)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

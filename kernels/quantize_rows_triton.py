@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from .launcher import GROUP_POINTERS
 from .quantizing_triton import (
     asymmetric_range,
     column_tables,
@@ -90,7 +91,7 @@ def coordinates_along(
 
 
 # sizes that change from call to call must not compile anew; those that steer vectors stay specialised
-@triton.jit(do_not_specialize=["M", "T", "tokens", "eps"])
+@triton.jit(do_not_specialize=["M", "T", "tokens", "eps"], do_not_specialize_on_alignment=GROUP_POINTERS)
 def quantize_rows(
     x_ptr,
     up_ptr,
@@ -269,7 +270,7 @@ def long_columns(
     return rotate(y, ORDER, VECTOR)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T"], do_not_specialize_on_alignment=GROUP_POINTERS)
 def quantize_long_rows(
     x_ptr,
     up_ptr,

@@ -51,8 +51,8 @@ def device_refusal(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=1)
 def too_old() -> str | None:
-    from .version_triton import VERSION
+    from .version_triton import RELEASE, VERSION
 
-    if tuple(int(part) for part in VERSION.split(".")[:2]) < OLDEST_TRITON:
+    if RELEASE < OLDEST_TRITON:
         return f"triton {VERSION} < {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}: update torch to 2.8 or newer"
     return None

@@ -3,3 +3,4 @@
 import triton
 
 VERSION = triton.__version__
+RELEASE = tuple(int(part) for part in VERSION.split(".")[:2])

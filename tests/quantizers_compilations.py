@@ -83,7 +83,7 @@ def coordinates_compilation(K, capability, dtype="bf16"):
         signature=signature,
         constexprs=sizes,
         capability=capability,
-        options={"num_warps": 4},
+        options={"num_warps": 4, "enable_fp_fusion": False},
     )
 
 

@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from ..descriptors_triton import described, loads, stores
 from ..int8_linear.triton_impl import refusal as int8_refusal
-from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
+from ..launcher import GROUP_POINTERS, Launcher, launcher
+from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, rank_of, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
-from ..tiles import Tile, family_of
+from ..tiles import Tile, family_of, programs
 from ..triton_device import capability_of
 from .decode_triton import decode_tile
 
@@ -23,7 +25,7 @@ GROUP_SIZES = (16, 32, 64, 128)
 TRANSPOSED_FAMILIES = (90, 100)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T"], do_not_specialize_on_alignment=GROUP_POINTERS)
 def int4_linear_kernel(
     a_ptr,
     w_ptr,
@@ -152,6 +154,25 @@ def refusal(
     return int8_refusal(device, K=K, N=N, dtype=dtype)
 
 
+@lru_cache(maxsize=4096)
+def kernel(
+    device: torch.device, tile: Tile, K: int, group: int, rank: int, groups: int, descriptors: bool, store: bool
+) -> Launcher:
+    capability = capability_of(device)
+    return launcher(
+        int4_linear_kernel,
+        capability,
+        GROUP=group,
+        LEVEL_ALIGNMENT=math.gcd(K // group, 16),
+        TRANSPOSED=family_of(capability) in TRANSPOSED_FAMILIES,
+        PERMUTE=capability > 0,
+        AHEAD=tile.ahead and K % (tile.block_k * tile.dots) == 0,
+        DESCRIPTORS=descriptors,
+        STORE=store,
+        **launch_options(tile, K, rank, groups, capability),
+    )
+
+
 def int4_linear(
     a: Tensor,
     packed: Tensor,
@@ -188,13 +209,12 @@ def int4_linear(
     operands = epilogue_operands(
         row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
     )
-    strides = row_stride(row_scale), row_stride(row_zero)
-    capability = capability_of(a.device)
-    transposed, permute = family_of(capability) in TRANSPOSED_FAMILIES, capability > 0
+    T, strides = groups_of(correction), (row_stride(row_scale), row_stride(row_zero))
 
     def launch(tile: Tile) -> None:
         descriptors, store = loads(tile), stores(tile, y)
-        int4_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+        kernel(a.device, tile, K, group, rank_of(responses), T, descriptors, store)(
+            programs(tile, M, N),
             described(a, tile.block_m, tile.block_k, descriptors),
             words,
             levels,
@@ -204,16 +224,8 @@ def int4_linear(
             M,
             N,
             K,
-            groups_of(correction),
+            T,
             *strides,
-            GROUP=group,
-            LEVEL_ALIGNMENT=math.gcd(G, 16),
-            TRANSPOSED=transposed,
-            PERMUTE=permute,
-            AHEAD=tile.ahead and K % (tile.block_k * tile.dots) == 0,
-            DESCRIPTORS=descriptors,
-            STORE=store,
-            **launch_options(tile, K, correction, responses, capability),
         )
 
     if y.numel():

@@ -3,15 +3,18 @@
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPossiblyUnboundVariable=false
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..descriptors_triton import described, loads, stores
-from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, row_stride, run
+from ..launcher import GROUP_POINTERS, Launcher, launcher
+from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, rank_of, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
-from ..tiles import Tile
+from ..tiles import Tile, programs
 from ..triton_device import capability_of, device_refusal
 
 # 127**2 K < 2**31
@@ -20,7 +23,7 @@ OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # M changes with every resolution and prompt: a kernel specialized on it would be compiled again
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T"], do_not_specialize_on_alignment=GROUP_POINTERS)
 def int8_linear_kernel(
     a_ptr,
     w_ptr,
@@ -118,6 +121,15 @@ def refusal(
     return reason
 
 
+@lru_cache(maxsize=4096)
+def kernel(
+    device: torch.device, tile: Tile, K: int, rank: int, groups: int, descriptors: bool, store: bool
+) -> Launcher:
+    capability = capability_of(device)
+    options = launch_options(tile, K, rank, groups, capability)
+    return launcher(int8_linear_kernel, capability, DESCRIPTORS=descriptors, STORE=store, **options)
+
+
 def int8_linear(
     a: Tensor,
     w: Tensor,
@@ -143,12 +155,12 @@ def int8_linear(
     operands = epilogue_operands(
         row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
     )
-    strides = row_stride(row_scale), row_stride(row_zero)
-    capability = capability_of(a.device)
+    T, strides = groups_of(correction), (row_stride(row_scale), row_stride(row_zero))
 
     def launch(tile: Tile) -> None:
         descriptors, store = loads(tile), stores(tile, y)
-        int8_linear_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+        kernel(a.device, tile, K, rank_of(responses), T, descriptors, store)(
+            programs(tile, M, N),
             described(a, tile.block_m, tile.block_k, descriptors),
             described(w, tile.block_n, tile.block_k, descriptors),
             described(y, tile.block_m, tile.block_n, store),
@@ -156,11 +168,8 @@ def int8_linear(
             M,
             N,
             K,
-            groups_of(correction),
+            T,
             *strides,
-            DESCRIPTORS=descriptors,
-            STORE=store,
-            **launch_options(tile, K, correction, responses, capability),
         )
 
     if y.numel():

@@ -3,6 +3,7 @@
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..directions import MOST
+from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..quantize_activation.triton_impl import quantize_activation, refusal
 from ..quantize_rows import contiguous, finds, launch
 from ..quantize_rows_triton import direction, row_sums
@@ -22,7 +24,7 @@ __all__ = ["coordinates", "quantize_along", "refusal"]
 ROWS, WIDTH, WARPS = 2, 1024, 4
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T"], do_not_specialize_on_alignment=GROUP_POINTERS)
 def coordinates_kernel(
     x_ptr,
     directions_ptr,
@@ -70,17 +72,25 @@ def coordinates_kernel(
                 tl.store(found_ptr + rows * RANK + first + r, sums[r].to(tl.bfloat16), mask=inside)
 
 
+@lru_cache(maxsize=64)
+def kernel(device: torch.device, rank: int) -> Launcher:
+    # the bits of the kernel that also quantizes, which has none of them fused
+    given = {"WIDTH": WIDTH, "num_warps": WARPS, "enable_fp_fusion": False}
+    return launcher(coordinates_kernel, capability_of(device), RANK=rank, ROWS=ROWS, **given)
+
+
 def coordinates(
     x: Tensor, directions: Tensor, shift: Tensor | None, smooth: Tensor | None, index: Tensor, fraction: Tensor
 ) -> Tensor:
     """As the reference, but for the order of the sums."""
-    (M, K), R = x.shape, len(directions)
-    check(directions, K)
+    M, K = x.shape
+    R = check(directions, K)
     x = x if x.stride(1) == 1 else x.contiguous()
     found = torch.empty((M, R), dtype=torch.bfloat16, device=x.device)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         if found.numel():
-            coordinates_kernel[(triton.cdiv(M, ROWS),)](
+            kernel(x.device, R)(
+                triton.cdiv(M, ROWS),
                 x,
                 directions.contiguous(),
                 contiguous(shift),
@@ -92,10 +102,6 @@ def coordinates(
                 K,
                 1 if shift is None else shift.shape[0],
                 x.stride(0),
-                RANK=R,
-                ROWS=ROWS,
-                WIDTH=WIDTH,
-                num_warps=WARPS,
             )
     return found
 
@@ -112,8 +118,8 @@ def quantize_along(
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """As the reference: one kernel that reads x once, or two, of which the second finds x in the card's cache."""
-    (M, K), R = x.shape, len(directions)
-    check(directions, K)
+    M, K = x.shape
+    R = check(directions, K)
     given = {"index": index, "fraction": fraction, "shift": shift, "smooth": smooth, "hadamard": hadamard}
     tables = (shift is not None) + (smooth is not None)
     if finds(K, hadamard, tables, x.element_size(), capability_of(x.device)):
@@ -123,6 +129,9 @@ def quantize_along(
     return *quantize_activation(x, directions=directions, coordinates=p, symmetric=symmetric, **given), p
 
 
-def check(directions: Tensor, K: int) -> None:
-    if len(directions) > MOST or directions.shape[1] != K:
+def check(directions: Tensor, K: int) -> int:
+    """How many there are."""
+    R, columns = directions.shape
+    if R > MOST or columns != K:
         raise ValueError(f"directions {tuple(directions.shape)} are not [at most {MOST}, {K}]")
+    return R

@@ -250,7 +250,7 @@ def test_table_is_published_between_its_markers(monkeypatch, tmp_path):
     ]
     result = {"machine": {"device": "cpu", "cpu": "C", "torch_threads": 2}, "versions": {"torch": "2"}, "rows": rows}
     (tmp_path / "fused_cpu.json").write_text(json.dumps(result))
-    names = ("layer speed table", "model speed table", "fused speed table", "compile time table")
+    names = ("layer speed table", "model speed table", "fused speed table", "compile time table", "launch cost table")
     markers = [(f"<!-- {name}: python benchmarks/publish_speed.py -->", f"<!-- end of {name} -->") for name in names]
     path = tmp_path / "README.md"
     path.write_text("before\n" + "".join(f"{first}\nold\n{last}\n" for first, last in markers) + "after\n")
