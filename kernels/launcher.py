@@ -1,4 +1,4 @@
-"""Launching a Triton kernel again, without Triton looking at every argument again: that is most of what it costs."""
+"""Launching a Triton kernel again, without Triton looking at every argument to find what it had compiled for them."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -47,12 +47,14 @@ def launcher(kernel: Any, capability: int, **given: Any) -> Launcher:
 
 def kind(operand: Any) -> Any:
     """All of an operand that Triton compiles by on NVIDIA's cards; finer for numbers that it does not specialize on."""
+    if operand is None:
+        return None
     if isinstance(operand, Tensor):
         return operand.dtype, operand.data_ptr() % 16 == 0
     if type(operand) is int:
         return operand == 1, operand % 16 == 0, operand in INT32
-    if operand is None or type(operand) is float:
-        return type(operand)
+    if type(operand) is float:
+        return float
     # a tensor descriptor
     return operand.base.dtype, *operand.block_shape
 
@@ -64,6 +66,6 @@ def repeats(capability: int) -> bool:
 
 @lru_cache(maxsize=1)
 def checked() -> bool:
-    from .version_triton import RELEASE
+    from .version_triton import release
 
-    return FIRST_CHECKED <= RELEASE <= LAST_CHECKED
+    return FIRST_CHECKED <= release() <= LAST_CHECKED

@@ -51,8 +51,8 @@ def device_refusal(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=1)
 def too_old() -> str | None:
-    from .version_triton import RELEASE, VERSION
+    from .version_triton import VERSION, release
 
-    if RELEASE < OLDEST_TRITON:
+    if release() < OLDEST_TRITON:
         return f"triton {VERSION} < {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}: update torch to 2.8 or newer"
     return None

@@ -3,4 +3,8 @@
 import triton
 
 VERSION = triton.__version__
-RELEASE = tuple(int(part) for part in VERSION.split(".")[:2])
+
+
+def release() -> tuple[int, ...]:
+    """(3, 4) of 3.4.1."""
+    return tuple(int(part) for part in VERSION.split(".")[:2])

@@ -73,6 +73,21 @@ def test_without_known_rules_triton_is_always_asked(capability, checked, monkeyp
     assert not kernel.again
 
 
+@pytest.mark.skipif(not installed(), reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("version", "known"), [("3.3.1", False), ("3.4.0", True), ("3.9.0+git", True), ("3.10.0", False), ("4.0", False)]
+)
+def test_tritons_whose_rules_were_read(version, known, monkeypatch):
+    from dit_quant.kernels import version_triton
+
+    monkeypatch.setattr(version_triton, "VERSION", version)
+    launcher.checked.cache_clear()
+    try:
+        assert launcher.checked() == known
+    finally:
+        launcher.checked.cache_clear()
+
+
 def test_constexprs_in_front_of_operands_are_refused():
     kernel = Kernel("WIDTH", "x_ptr")
     with pytest.raises(ValueError, match=r"\['WIDTH', 'x_ptr'\] do not end with \['WIDTH'\]"):
