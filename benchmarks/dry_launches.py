@@ -227,11 +227,15 @@ def main() -> None:
     pretend(job["capability"])
     found, results = record(Path(job["folder"])), []
     import torch
+    from dit_quant.kernels import dispatch
 
     with torch.inference_mode():
         for case in job["launches"]:
             before = len(found)
             launch(Launch(**case))
+            # another backend takes over where a kernel does not compile
+            if failed := [choice for choice in dispatch.recorded().values() if choice.backend != "triton"]:
+                raise RuntimeError(f"{case}: {failed[0]}")
             results.append([asdict(kernel) for kernel in found[before:]])
     print(json.dumps(results))
 

@@ -62,6 +62,7 @@ class Compiled:
 
     matrix: PTX matrix instruction -> count, such as "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32".
     register_operands: products whose left operand is in registers. permutes: byte permutations in the PTX.
+    barriers: of all threads of a program, per step of the innermost loop that multiplies.
     registers per thread; spills: bytes of stack and local memory per thread; shared: bytes per program.
     """
 
@@ -70,6 +71,7 @@ class Compiled:
     matrix: dict[str, int] = field(default_factory=dict)
     register_operands: int = 0
     permutes: int = 0
+    barriers: int = 0
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -167,10 +169,21 @@ def read_off(name: str, capability: int | str, assembly: str, binary: bytes, **k
         matrix=dict(matrix),
         register_operands=len(REGISTER_OPERAND.findall(assembly)),
         permutes=len(re.findall(r"\bprmt\.b32\b", assembly)),
+        barriers=len(re.findall(r"\bbar\.sync\b", main_loop(assembly))),
         registers=registers,
         spills=spills,
         **known,
     )
+
+
+def main_loop(ptx: str) -> str:
+    """The shortest part between a label and a branch back to it that has a matrix instruction; "" without one."""
+    loops = []
+    for label in re.finditer(r"^(\$L__BB\w+):", ptx, re.MULTILINE):
+        back = re.search(rf"\bbra(?:\.uni)?\s+{re.escape(label[1])};", ptx[label.end() :])
+        if back is not None:
+            loops.append(ptx[label.end() : label.end() + back.end()])
+    return min((loop for loop in loops if MATRIX.search(loop)), key=len, default="")
 
 
 def _compile(request: Compilation):

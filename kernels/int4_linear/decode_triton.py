@@ -92,6 +92,33 @@ def int8_of(first, second, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, THROUGH
 
 
 @triton.jit
+def level_pointers(levels_ptr, first, rows, stride, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """[BLOCK_N, BLOCK_K / 32] pointers to the levels of every 4 words of `rows`, counted from `first`: to one level, at
+    groups of 16 to two as an int16.
+
+    4 words are the 16 bytes that a thread loads. Nothing is said of what divides `stride`: if Triton knew the levels to
+    be aligned, a thread would load several and pass them on through shared memory, with two more barriers per step.
+    """
+    fours = tl.arange(0, BLOCK_K // 32)
+    levels_ptr += first.to(tl.int64) * stride
+    if GROUP == 16:
+        levels_ptr = levels_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        stride = stride // 2
+    else:
+        fours = fours * 32 // GROUP
+    return levels_ptr + rows[:, None] * stride + fours[None, :]
+
+
+@triton.jit
+def levels_of(loaded, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """What lies at `level_pointers` -> levels [BLOCK_N, BLOCK_K / 32], at groups of 16 twice as many."""
+    levels = loaded.to(tl.int32)
+    if GROUP == 16:
+        levels = tl.join(levels & 0xFF, (levels >> 8) & 0xFF).reshape(BLOCK_N, BLOCK_K // 16)
+    return levels
+
+
+@triton.jit
 def decode_tile(
     words,
     levels,

@@ -18,7 +18,7 @@ from ..linear_launch import aligned, epilogue_operands, groups_of, launch_option
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
 from ..tiles import Tile, family_of, programs
 from ..triton_device import capability_of
-from .decode_triton import decode_tile
+from .decode_triton import decode_tile, level_pointers, levels_of
 
 GROUP_SIZES = (16, 32, 64, 128)
 # Hopper reads its left operand from registers, data-centre Blackwell from tensor memory: the decoded weight goes there
@@ -84,22 +84,27 @@ def int4_linear_kernel(
             operands, M, N, first_m, first_n, RANK, INTERPOLATE, BLOCK_M, BLOCK_N, OPAQUE
         )  # fmt: skip
     LEVELS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+    WORDS: tl.constexpr = BLOCK_K // 8
     offs_k = tl.arange(0, BLOCK_K)
-    offs_word = tl.arange(0, BLOCK_K // 8)
+    offs_word = tl.arange(0, WORDS)
     # rows past the end are read from the last row and never stored: no mask in the loop
     rows_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     stride_w = K // 8
+    if AHEAD:
+        # 16 bytes per thread; elsewhere the copies are asynchronous, and small tiles would spill
+        stride_w = tl.multiple_of(stride_w, WORDS)
     stride_levels = tl.multiple_of(K // GROUP, LEVEL_ALIGNMENT)
     if not DESCRIPTORS:
         rows_a = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
         a_ptr += first_m.to(tl.int64) * K
         offs_a = rows_a[:, None] * K + offs_k[None, :]
     w_ptr += first_n.to(tl.int64) * stride_w
-    levels_ptr += tl.multiple_of(first_n.to(tl.int64) * stride_levels, LEVEL_ALIGNMENT)
     offs_w = rows_w[:, None] * stride_w + offs_word[None, :]
-    offs_levels = rows_w[:, None] * stride_levels + tl.arange(0, LEVELS)[None, :]
     if AHEAD:
-        words, levels = tl.load(w_ptr + offs_w), tl.load(levels_ptr + offs_levels)
+        fours_ptr = level_pointers(levels_ptr, first_n, rows_w, K // GROUP, BLOCK_K, GROUP)
+        words, fours = tl.load(w_ptr + offs_w), tl.load(fours_ptr)
+    levels_ptr += tl.multiple_of(first_n.to(tl.int64) * stride_levels, LEVEL_ALIGNMENT)
+    offs_levels = rows_w[:, None] * stride_levels + tl.arange(0, LEVELS)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, K, BLOCK_K * DOTS):
         for dot in tl.static_range(DOTS):
@@ -111,7 +116,7 @@ def int4_linear_kernel(
             else:
                 a = tl.load(a_ptr + offs_a, mask=offs_k[None, :] < K - k, other=0)
             if AHEAD:
-                pass
+                levels = levels_of(fours, BLOCK_N, BLOCK_K, GROUP)
             elif EVEN_K:
                 words = tl.load(w_ptr + offs_w)
                 levels = tl.load(levels_ptr + k // GROUP + offs_levels)
@@ -121,11 +126,11 @@ def int4_linear_kernel(
                 levels = tl.load(levels_ptr + k // GROUP + offs_levels, mask=inside, other=0)
             w = decode_tile(words, levels, table_ptr, BLOCK_N, BLOCK_K, PERMUTE, not TRANSPOSED)
             if AHEAD:
-                following = tl.minimum(k + BLOCK_K, K - BLOCK_K)
+                following = tl.multiple_of(tl.minimum(k + BLOCK_K, K - BLOCK_K), BLOCK_K)
                 words = tl.load(w_ptr + following // 8 + offs_w)
-                levels = tl.load(levels_ptr + following // GROUP + offs_levels)
+                fours = tl.load(fours_ptr + following // (GROUP if GROUP > 16 else 32))
             else:
-                w_ptr += BLOCK_K // 8
+                w_ptr += WORDS
             left, right = (w, a.T) if TRANSPOSED else (a, w.T)
             acc = tl.dot(left, right, acc, out_dtype=tl.int32)
             if not DESCRIPTORS:
@@ -156,7 +161,15 @@ def refusal(
 
 @lru_cache(maxsize=4096)
 def kernel(
-    device: torch.device, tile: Tile, K: int, group: int, rank: int, groups: int, descriptors: bool, store: bool
+    device: torch.device,
+    tile: Tile,
+    K: int,
+    group: int,
+    rank: int,
+    groups: int,
+    transposed: bool,
+    descriptors: bool,
+    store: bool,
 ) -> Launcher:
     capability = capability_of(device)
     return launcher(
@@ -164,7 +177,7 @@ def kernel(
         capability,
         GROUP=group,
         LEVEL_ALIGNMENT=math.gcd(K // group, 16),
-        TRANSPOSED=family_of(capability) in TRANSPOSED_FAMILIES,
+        TRANSPOSED=transposed,
         PERMUTE=capability > 0,
         AHEAD=tile.ahead and K % (tile.block_k * tile.dots) == 0,
         DESCRIPTORS=descriptors,
@@ -210,10 +223,11 @@ def int4_linear(
         row_scale, column_scale, row_zero, column_sum, bias, correction, coordinates, responses, index, fraction
     )
     T, strides = groups_of(correction), (row_stride(row_scale), row_stride(row_zero))
+    transposed = family_of(capability_of(a.device)) in TRANSPOSED_FAMILIES
 
     def launch(tile: Tile) -> None:
         descriptors, store = loads(tile), stores(tile, y)
-        kernel(a.device, tile, K, group, rank_of(responses), T, descriptors, store)(
+        kernel(a.device, tile, K, group, rank_of(responses), T, transposed, descriptors, store)(
             programs(tile, M, N),
             described(a, tile.block_m, tile.block_k, descriptors),
             words,

@@ -143,8 +143,9 @@ def test_every_tile_has_the_same_bits(tile, transposed, monkeypatch, device):
     monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
     monkeypatch.setattr(triton_impl, "family_of", lambda _: 90 if transposed else 80)
     M, N, step = tile.block_m + 1, tile.block_n + 16, tile.block_k * tile.dots
-    for K in (3 * step, step + 32):
-        a, (packed, levels) = activations(M, K, device), weight(N, K, 16, device)
+    groups = triton_impl.GROUP_SIZES if tile.ahead else (16,)
+    for K, group in (*((3 * step, group) for group in groups), (step + 32, 16)):
+        a, (packed, levels) = activations(M, K, device), weight(N, K, group, device)
         epilogue = case(M, N, decode_int4(packed, levels), full=True, dtype=torch.float16, device=device)
         y = triton_impl.int4_linear(a, packed, levels=levels, **epilogue)
         assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, **epilogue))

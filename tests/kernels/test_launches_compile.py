@@ -69,6 +69,11 @@ def test_a_layer_is_a_quantizer_and_a_product(capability, results):
         assert quantizers in (["quantize_rows"], ["coordinates_kernel", "quantize_long_rows"])
 
 
+def test_what_another_backend_would_run_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)capability 90: .*float64 is not float32"):
+        dry.dry_launches(90, [dry.Launch("W8A8 fast", 16, 64, 64, "float64")], tmp_path)
+
+
 def test_a_kernel_that_does_not_compile_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)capability 90: .*no such preset"):
         dry.dry_launches(90, [dry.Launch("no such preset", 1, 64, 64)], tmp_path)

@@ -77,6 +77,17 @@ def test_hopper_reads_the_decoded_weight_from_registers(results):
             assert result.register_operands == wanted
 
 
+def test_hoppers_4_bit_loop_passes_nothing_on_but_the_weight(results):
+    """One barrier between writing decoded weights and reading them, two for the copy engine: levels need none."""
+    found = [
+        result.barriers
+        for (request, _), result in zip(REQUESTS, results, strict=True)
+        if request.constexprs.get("AHEAD")
+    ]
+    assert found
+    assert set(found) == {3}
+
+
 def test_main_loops_move_no_bytes_but_those_of_a_4_bit_weight(results):
     """A byte permutation per weight would cost as much as the product. See Tile.dots for where they came from."""
     for (request, _), result in zip(REQUESTS, results, strict=True):
