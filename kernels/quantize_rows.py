@@ -196,7 +196,7 @@ def launch(
     codes = torch.empty((M, K), dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     zero = torch.empty((rows, 1), dtype=torch.float32, device=x.device) if with_zero else None
-    tables = (
+    pointers = (
         contiguous(shift),
         contiguous(smooth),
         contiguous(directions),
@@ -211,18 +211,18 @@ def launch(
     )
     T = next((table.shape[0] for table in (shift, static_scale) if table is not None), 1)
     sizes = (M, K, T, x.stride(0), 0 if up is None else up.stride(0))
-    count, rank = (shift is not None) + (smooth is not None), 0 if directions is None else directions.shape[0]
+    tables, rank = (shift is not None) + (smooth is not None), 0 if directions is None else directions.shape[0]
     with torch.cuda.device_of(x):
-        kernel, tile = rows_kernel(x.device, K, hadamard, count, x.element_size(), prologue, rank, ranges, find)
+        kernel, tile = rows_kernel(x.device, K, hadamard, tables, x.element_size(), prologue, rank, ranges, find)
         if M == 0:
             pass
         elif tile is not None:
             most = multiprocessors(x.device) * tile.programs_per_multiprocessor
             norm = contiguous(weight), contiguous(bias), gamma, beta
             strides = 0 if gamma is None else gamma.stride(0), 0 if beta is None else beta.stride(0)
-            kernel(min(-(-M // tile.rows), most), x, up, *norm, *tables, *sizes, tokens, *strides, eps)
+            kernel(min(-(-M // tile.rows), most), x, up, *norm, *pointers, *sizes, tokens, *strides, eps)
         else:
-            kernel(M, x, up, *tables, *sizes)
+            kernel(M, x, up, *pointers, *sizes)
     return codes, for_all_rows(scale, M), None if zero is None else for_all_rows(zero, M)
 
 
