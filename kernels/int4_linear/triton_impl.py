@@ -90,8 +90,8 @@ def int4_linear_kernel(
     # rows past the end are read from the last row and never stored: no mask in the loop
     rows_w = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     stride_w = K // 8
-    if AHEAD:
-        # 16 bytes per thread; elsewhere the copies are asynchronous, and small tiles would spill
+    if EVEN_K and BLOCK_M * BLOCK_N >= 4096:
+        # 16 bytes per thread and copy; small tiles would spill
         stride_w = tl.multiple_of(stride_w, WORDS)
     stride_levels = tl.multiple_of(K // GROUP, LEVEL_ALIGNMENT)
     if not DESCRIPTORS:
