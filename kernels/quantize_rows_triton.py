@@ -37,7 +37,8 @@ def prologue(chunk, up, PROLOGUE: tl.constexpr):
 
 @triton.jit
 def direction(directions_ptr, r, columns, K):
-    """Direction r of a table [R, K] at `columns`, fp32."""
+    """Direction r of a table [R, K] at `columns`, fp32. To multiply a tile by: columns as of all its rows, so that each
+    thread loads what it needs; what is loaded once for rows side by side passes through shared memory."""
     v = tl.load(directions_ptr + r * K + columns, mask=columns < K, other=0.0, eviction_policy="evict_last")
     return v.to(tl.float32)
 
@@ -46,27 +47,46 @@ def direction(directions_ptr, r, columns, K):
 def less_directions(y, directions_ptr, coordinates, columns, K, RANK: tl.constexpr):
     """y [ROWS, WIDTH] - p V. Fused: p V is exact, see kernels/directions.py."""
     for r in tl.static_range(RANK):
-        v = direction(directions_ptr, r, columns, K)
-        y = tl.fma(tl.broadcast_to(-coordinates[r][:, None], y.shape), tl.broadcast_to(v[None, :], y.shape), y)
+        v = direction(directions_ptr, r, tl.broadcast_to(columns[None, :], y.shape), K)
+        y = tl.fma(tl.broadcast_to(-coordinates[r][:, None], y.shape), v, y)
     return y
 
 
 @triton.jit
 def row_sums(parts):
-    """Four tensors [ROWS, WIDTH] -> their sums over the columns, four [ROWS], in one reduction."""
-    joined = tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3]))
-    left, right = tl.split(tl.sum(joined, axis=1))
-    first, second = tl.split(left)
-    third, fourth = tl.split(right)
-    return first, second, third, fourth
+    """Four tensors [ROWS, WIDTH] -> their sums over the columns, in one reduction: part i + 2 j at [:, i, j]."""
+    return tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), axis=1)
+
+
+@triton.jit
+def apart(sums):
+    """Of `row_sums` -> four tensors [ROWS]."""
+    left, right = tl.split(sums)
+    return tl.split(left) + tl.split(right)
+
+
+@triton.jit
+def store_coordinates(coordinates_ptr, sums, rows, inside, first, RANK: tl.constexpr):
+    """The coordinates `first` to first + 3 of `rows`, as `row_sums` has them. Those of several rows in one store: they
+    pass through shared memory on their way."""
+    if rows.shape[0] > 1:
+        which = first + tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :]
+        place = coordinates_ptr + (rows * RANK)[:, None, None] + which
+        tl.store(place, sums, mask=inside[:, None, None] & (which < RANK))
+    else:
+        each = apart(sums)
+        for r in tl.static_range(4):
+            if first + r < RANK:
+                tl.store(coordinates_ptr + rows * RANK + first + r, each[r], mask=inside)
 
 
 @triton.jit
 def coordinates_along(
-    shifted, inverses, directions_ptr, K,
+    shifted, inverses, directions_ptr, coordinates_ptr, rows, inside, K,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Rows y = x - z as CHUNKS tensors -> p = y · (V / s²), RANK tensors [ROWS] bf16; four directions at a time."""
+    """Rows y = x - z as CHUNKS tensors -> p = y · (V / s²), RANK tensors [ROWS] bf16 and more, stored too; four
+    directions at a time."""
     found = ()
     for first in tl.static_range(0, RANK, 4):
         parts = (tl.zeros((ROWS, WIDTH), tl.float32),) * 4
@@ -79,14 +99,13 @@ def coordinates_along(
             for r in tl.static_range(4):
                 part = parts[r]
                 if first + r < RANK:
-                    v = direction(directions_ptr, first + r, columns, K)
-                    part = tl.fma(y, tl.broadcast_to(v[None, :], y.shape), part)
+                    v = direction(directions_ptr, first + r, tl.broadcast_to(columns[None, :], y.shape), K)
+                    part = tl.fma(y, v, part)
                 added = added + (part,)
             parts = added
-        sums = row_sums(parts)
-        for r in tl.static_range(4):
-            if first + r < RANK:
-                found = found + (sums[r].to(tl.bfloat16),)
+        sums = row_sums(parts).to(tl.bfloat16)
+        store_coordinates(coordinates_ptr, sums, rows, inside, first, RANK)
+        found = found + apart(sums)
     return found
 
 
@@ -192,20 +211,17 @@ def quantize_rows(
                 if HOLD_SHIFT:
                     y = y - shifts[chunk]
                 else:
-                    columns = (chunk * WIDTH + tl.arange(0, WIDTH))[None, :]
+                    columns = tl.broadcast_to((chunk * WIDTH + tl.arange(0, WIDTH))[None, :], y.shape)
                     y = y - table_row(shift_ptr, index, fraction, T, K, columns, columns < K)
             shifted = shifted + (y,)
         coordinates = ()
         if FIND:
             along = coordinates_along(
-                shifted, inverses, directions_ptr, K, ROWS, WIDTH, CHUNKS, smooth_ptr is not None, RANK
-            )
+                shifted, inverses, directions_ptr, coordinates_ptr, rows, inside, K,
+                ROWS, WIDTH, CHUNKS, smooth_ptr is not None, RANK,
+            )  # fmt: skip
         for r in tl.static_range(RANK):
-            if FIND:
-                p = along[r]
-                tl.store(coordinates_ptr + rows * RANK + r, p, mask=inside)
-            else:
-                p = tl.load(coordinates_ptr + rows * RANK + r, mask=inside, other=0.0)
+            p = along[r] if FIND else tl.load(coordinates_ptr + rows * RANK + r, mask=inside, other=0.0)
             coordinates = coordinates + (p.to(tl.float32),)
         transformed = ()
         for chunk in tl.static_range(CHUNKS):

@@ -14,7 +14,7 @@ from ..directions import MOST
 from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..quantize_activation.triton_impl import quantize_activation, refusal
 from ..quantize_rows import contiguous, finds, launch
-from ..quantize_rows_triton import direction, row_sums
+from ..quantize_rows_triton import direction, row_sums, store_coordinates
 from ..quantizing_triton import table_row
 from ..triton_device import capability_of
 
@@ -66,10 +66,8 @@ def coordinates_kernel(
                 p2 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 2, columns, K)[None, :], y.shape), p2)
             if first + 3 < RANK:
                 p3 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 3, columns, K)[None, :], y.shape), p3)
-        sums = row_sums((p0, p1, p2, p3))
-        for r in tl.static_range(4):
-            if first + r < RANK:
-                tl.store(found_ptr + rows * RANK + first + r, sums[r].to(tl.bfloat16), mask=inside)
+        sums = row_sums((p0, p1, p2, p3)).to(tl.bfloat16)
+        store_coordinates(found_ptr, sums, rows, inside, first, RANK)
 
 
 @lru_cache(maxsize=64)

@@ -53,11 +53,17 @@ def test_no_addition_is_fused_with_a_product(compiled):
             continue
         tile = request.constexprs
         columns = tile["ROWS"] * tile["WIDTH"] * tile["CHUNKS"] // (32 * result.warps)
+        stages = {1: 0, 64: 3, 256: 4}[tile["ORDER"]]
         # a direction's product is exact as well, and the order of its coordinate's sum nobody's business
-        stages = {1: 0, 64: 3, 256: 4}[tile["ORDER"]] + tile["RANK"] * (2 if tile["FIND"] else 1)
+        along = tile["RANK"] * (2 if tile["FIND"] else 1)
         ptx = Path(result.cubin).with_suffix(".ptx").read_text(encoding="utf-8")
+        found = re.findall(r"\bfma\.rn\.f32(?:x2)?[^;]*", ptx)
         # sm_100 has pairs in one instruction
-        fused = sum(1 + pair.endswith("x2") for pair in re.findall(r"\bfma\.rn\.f32(?:x2)?", ptx))
-        assert fused == columns * stages, (request.name, request.capability)
+        fused = sum(1 + ("f32x2" in each) for each in found)
+        # where the last chunk reaches beyond the row, LLVM computes a stage of its 8 columns twice
+        again = fused - columns * (stages + along)
+        assert again in ((0, tile["VECTOR"]) if tile["PADDED"] else (0,)), (request.name, request.capability)
+        if not any("f32x2" in each for each in found):
+            assert sum("0f3F000000" not in each for each in found) == columns * along
         seen += 1
     assert seen >= 5 * len(CAPABILITIES)
