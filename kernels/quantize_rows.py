@@ -111,6 +111,8 @@ def plan(
             registers += 3 * VECTOR + 8 * (columns > 24) + 8 * (width * chunks > K)
             # rows side by side in a program; the widest rows on compute capability 8 and 12
             registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 in (8, 12) and columns > 56)
+            # rows at any address: a mask and an address for every few columns
+            registers += 40 * (K % 16 > 0)
         registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue

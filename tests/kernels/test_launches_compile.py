@@ -30,6 +30,8 @@ LAYERS = (
     dry.Launch("W4A8", 63, 1152, 1160),
     # no divisor of the tile's steps: an odd K, and a row that is no multiple of a word
     dry.Launch("W8A8", 7, 100, 33),
+    # rows at any address, several in a program
+    dry.Launch("W8A8", 7, 1160, 48),
     # as long as registers hold on one card, longer than on another
     dry.Launch("W8A8", 256, 15360, 3072),
 )

@@ -33,6 +33,18 @@ def test_rows_stay_in_registers(compiled):
         assert result.shared <= 2048, (request.name, result.shared)
 
 
+def test_directions_reach_threads_without_shared_memory(compiled):
+    """Two barriers for each sum, largest value and store of a program's rows, and for the tables before its loop; two
+    more for each of 20 rows of the directions, were they loaded once for rows side by side."""
+    seen = 0
+    for request, result in compiled:
+        if request.constexprs.get("FIND") and request.constexprs["ROWS"] > 1:
+            ptx = Path(result.cubin).with_suffix(".ptx").read_text(encoding="utf-8")
+            assert len(re.findall(r"\bbar\.sync\b", ptx)) <= 26, (request.name, request.capability)
+            seen += 1
+    assert seen >= len(CAPABILITIES)
+
+
 def test_wide_accesses(compiled):
     """Rows are read 16 bytes at a time and codes written 8 at a time, rotated or not."""
     for request, result in compiled:
