@@ -133,7 +133,8 @@ def main() -> None:
 
     JITFunction.run = counted
     with torch.inference_mode():
-        print(json.dumps({"operands": check_operands(capability), "layers": check_layers()} | {"slots": check_slots()}))
+        found = {"operands": check_operands(capability), "layers": check_layers(), "slots": check_slots()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
