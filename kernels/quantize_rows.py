@@ -1,6 +1,6 @@
 """Choosing a tile and launching the Triton quantizers; what quantize_activation and its fused relatives share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .directions import check
 from .launcher import Launcher, launcher
+from .tiles import family_of
 from .triton_device import capability_of, device_refusal
 
 # a row of more columns is read twice: its registers would spill on one card or another
@@ -20,13 +21,17 @@ ORDERS = (1, 4, 16, 64, 256)
 # a thread's neighbouring columns: 16 bytes of a half-precision row, 8 bytes of codes
 VECTOR = 8
 REGISTER_FILE = 65536
+# bytes of a multiprocessor per architecture family; a program's own and its sums over rows
+SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+SHARED_MEMORY_RESERVED = 3 * 1024
 LONG_CONSTANTS: dict[str, Any] = {"WIDTH": 4096, "VECTOR": VECTOR, "num_warps": 16}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x (chunks x width) columns per step of a program; `prefetch`: the next tile is loaded meanwhile;
-    `hold_shift`: the shift stays in registers from tile to tile, else it is read anew."""
+    """rows x (chunks x width) columns per step of a program. The next tile is loaded to registers meanwhile
+    (`prefetch`), or the next stages - 1 to shared memory. `hold_shift`: the shift stays in registers from tile to tile,
+    else it is read anew."""
 
     rows: int
     width: int
@@ -35,6 +40,7 @@ class Tile:
     prefetch: bool
     registers: int
     hold_shift: bool = True
+    stages: int = 1
 
     @property
     def vector(self) -> int:
@@ -50,6 +56,7 @@ class Tile:
             "PADDED": self.width * self.chunks != K,
             "VECTOR": self.vector,
             "PREFETCH": self.prefetch,
+            "STAGES": self.stages,
             "HOLD_SHIFT": self.hold_shift,
             "num_warps": self.warps,
         }
@@ -90,13 +97,16 @@ def plan(
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return None
     inputs = 2 if prologue == "swiglu" else 1
+    # other loads of the loop would go through shared memory too, and odd rows are no 16-byte copies
+    staged = capability >= 80 and not directions and prologue not in ("layer", "rms") and K % 16 == 0
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
         registers = 96 + 32 * find
-        return Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=True, registers=registers)
+        tile = Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=not staged, registers=registers)
+        return staging(tile, itemsize * inputs, capability) if staged else tile
     best, least = None, float("inf")
     # erf takes longer than the memory
-    fetching = (True, False) if prologue != "gelu" else (False,)
+    fetching = (True, False) if prologue != "gelu" and not staged else (False,)
     for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, (True, False)):
         if not hold and not (find and tables == 2):
             continue
@@ -120,10 +130,18 @@ def plan(
         # sums over a row want registers more than they want warps
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
         crowded = 0.0075 * idle if find else 0.1 * (registers > 128)
-        cost = width * chunks * (1 + 0.1 * (not prefetch) + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
+        waiting = 0.1 * (not prefetch and not staged)
+        cost = width * chunks * (1 + waiting + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
         if cost < least:
             best, least = tile, cost
-    return best
+    return staging(best, itemsize * inputs, capability) if best is not None and staged else best
+
+
+def staging(tile: Tile, itemsize: int, capability: int) -> Tile:
+    """As many tiles ahead as shared memory holds for all programs of a multiprocessor, three at the most."""
+    room = SHARED_MEMORY[family_of(capability)] // tile.programs_per_multiprocessor - SHARED_MEMORY_RESERVED
+    ahead = room // (tile.rows * tile.width * tile.chunks * itemsize)
+    return replace(tile, stages=1 + min(3, ahead))
 
 
 def finds(K: int, order: int, tables: int, itemsize: int, capability: int = 0) -> bool:

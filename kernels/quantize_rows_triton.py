@@ -150,12 +150,14 @@ def quantize_rows(
     PADDED: tl.constexpr,
     VECTOR: tl.constexpr,
     PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr,
     HOLD_SHIFT: tl.constexpr,
     FIND: tl.constexpr,
 ):
     """Whole rows: CHUNKS * WIDTH >= K. RANGE "symmetric", "asymmetric" or "static".
 
     FIND: the coordinates along the directions are an output, not an operand. HOLD_SHIFT: the shift stays in registers.
+    PREFETCH: the next tile is loaded to registers meanwhile. STAGES > 1: the next STAGES - 1 to shared memory.
     """
     if not PADDED:
         # what the compiler knows to be inside needs no mask, and no zeros to start from
@@ -185,7 +187,7 @@ def quantize_rows(
         coming_up = coming
         if PROLOGUE == "swiglu":
             coming_up = load_rows(up_ptr, rows, M, K, up_stride, ROWS, WIDTH, CHUNKS)
-    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), programs):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), programs, num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS)
         inside = rows < M
         if PREFETCH:
