@@ -97,23 +97,23 @@ def plan(
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return None
     inputs = 2 if prologue == "swiglu" else 1
-    # other loads of the loop would go through shared memory too, and odd rows are no 16-byte copies
-    staged = capability >= 80 and not directions and prologue not in ("layer", "rms") and K % 16 == 0
+    # other loads of the loop would go through shared memory too; odd rows are no 16-byte copies; erf outlasts a load
+    staged = capability >= 80 and not directions and prologue not in ("layer", "rms", "gelu") and K % 16 == 0
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
         registers = 96 + 32 * find
         tile = Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=not staged, registers=registers)
         return staging(tile, itemsize * inputs, capability) if staged else tile
     best, least = None, float("inf")
-    # erf takes longer than the memory
-    fetching = (True, False) if prologue != "gelu" and not staged else (False,)
+    fetching = (False, True) if staged else (True, False)
     for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, (True, False)):
-        if not hold and not (find and tables == 2):
+        gelu = prologue == "gelu"
+        if not hold and not ((find or gelu) and tables == 2) or prefetch and gelu:
             continue
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
         columns = VECTOR * chunks
-        registers = columns * (1 + tables - (not hold)) + 32
+        registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
             registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
@@ -127,14 +127,16 @@ def plan(
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue
         tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
+        if staged and not prefetch:
+            tile = staging(tile, itemsize * inputs, capability)
         # sums over a row want registers more than they want warps
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
         crowded = 0.0075 * idle if find else 0.1 * (registers > 128)
-        waiting = 0.1 * (not prefetch and not staged)
+        waiting = 0.1 * (not prefetch and tile.stages == 1)
         cost = width * chunks * (1 + waiting + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
         if cost < least:
             best, least = tile, cost
-    return staging(best, itemsize * inputs, capability) if best is not None and staged else best
+    return best
 
 
 def staging(tile: Tile, itemsize: int, capability: int) -> Tile:

@@ -75,7 +75,7 @@ def mirror(x, STRIDE: tl.constexpr):
 def butterfly(x, STRIDE: tl.constexpr):
     y = tl.reshape(x, (x.shape[0] * x.shape[1] // (4 * STRIDE), 2, 2, STRIDE))
     total = tl.sum(tl.sum(y, axis=2, keep_dims=True), axis=1, keep_dims=True)
-    # half the sum is exact, so that fusing rounds as the reference does; -y would be 0 - y, an instruction, before 3.7
+    # half the sum is exact, so that fusing rounds as the reference does; in Triton 3.6 -y is 0 - y, an instruction
     return tl.reshape(tl.fma(tl.broadcast_to(total, y.shape), 0.5, y * -1.0), (x.shape[0], x.shape[1]))
 
 

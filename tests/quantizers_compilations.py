@@ -124,6 +124,7 @@ def compilations(all: bool = False):
         yield compilation(12288, 90, order=256, prologue="swiglu"), ""
         # these spill where the compiler is not told how many registers it has
         yield compilation(13824, 90, prologue="gelu", dtype="fp32", tables="plain"), ""
+        yield compilation(13824, 100, order=256, prologue="gelu"), ""
         yield compilation(15360, 90, tables="plain"), ""
         for K, capability, ranges, dtype in (
             (13824, 90, "symmetric", "bf16"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dit_quant.kernels.quantize_activation.reference import quantize_activation as reference
-from dit_quant.kernels.quantize_rows import LONGEST_FUSED_ROW, LONGEST_ROW, REGISTER_FILE, finds, plan
+from dit_quant.kernels.quantize_rows import LONGEST_FUSED_ROW, LONGEST_ROW, REGISTER_FILE, SHARED_MEMORY, finds, plan
 
 pytest.importorskip("triton")
 from dit_quant.kernels.adaln_quantize.triton_impl import WIDEST
@@ -211,3 +211,33 @@ def test_rows_with_coordinates_fit_where_a_tile_is_offered(itemsize, capability)
         assert 32 * tile.warps * tile.registers <= REGISTER_FILE
     assert offered > 180
     assert not finds(LONGEST_ROW + 64, 64, 2, itemsize, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("prologue", ["plain", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("tables", [0, 2])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_ahead_fit_in_shared_memory(itemsize, tables, prologue, capability):
+    """Of all programs that registers let onto a multiprocessor, with a kilobyte of each that is the driver's."""
+    for K in (*range(16, 300, 16), *range(320, LONGEST_ROW + 1, 64)):
+        tile = plan(K, 1, tables, itemsize, prologue, capability=capability)
+        if tile is None:
+            continue
+        assert not (tile.prefetch and tile.stages > 1)
+        row = tile.width * tile.chunks * itemsize * (2 if prologue == "swiglu" else 1)
+        taken = tile.programs_per_multiprocessor * ((tile.stages - 1) * tile.rows * row + 2048)
+        assert taken <= SHARED_MEMORY[capability], K
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("K", [1152, 1536, 2304, 3072, 3840, 4608, 5120, 6144, 10240, 12288, 13824, 15360])
+def test_rows_of_published_models_have_two_tiles_on_their_way(K, capability):
+    """In half precision, with shift and scale. Where the copy fills registers, ptxas asks for it half a row later."""
+    assert plan(K, 1, 2, 2, capability=capability).stages >= 3
+
+
+def test_rows_beside_other_loads_are_fetched_to_registers():
+    """Directions and modulations are loaded in the same loop, and 16-byte copies want rows of 16 entries."""
+    for given in ({"directions": True}, {"prologue": "layer"}, {"K": 3080}):
+        found = plan(**({"K": 3072, "order": 1, "tables": 2, "itemsize": 2, "capability": 90} | given))
+        assert (found.prefetch, found.stages) == (True, 1)
