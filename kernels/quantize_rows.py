@@ -105,20 +105,19 @@ def plan(
         tile = Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=not staged, registers=registers)
         return staging(tile, itemsize * inputs, capability) if staged else tile
     best, least = None, float("inf")
-    fetching = (False, True) if staged else (True, False)
-    for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, (True, False)):
-        gelu = prologue == "gelu"
-        if not hold and not ((find or gelu) and tables == 2) or prefetch and gelu:
-            continue
+    gelu = prologue == "gelu"
+    fetching = (False,) if gelu else (False, True) if staged else (True, False)
+    holding = (True, False) if (find or gelu) and tables == 2 else (True,)
+    for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, holding):
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
         columns = VECTOR * chunks
         registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
-            registers += 16 + columns // 4 + 8 * (capability // 10 == 10)
+            registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
         if find:
-            registers += 3 * VECTOR + 8 * (columns > 24) + 8 * (width * chunks > K)
+            registers += VECTOR + 8 * (width * chunks > K)
             # rows side by side in a program; the widest rows on compute capability 8 and 12
             registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 in (8, 12) and columns > 56)
             # rows at any address: a mask and an address for every few columns
@@ -129,9 +128,10 @@ def plan(
         tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
         if staged and not prefetch:
             tile = staging(tile, itemsize * inputs, capability)
-        # sums over a row want registers more than they want warps
+        # sums over a row want registers more than they want warps, and another program for the time they take
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
-        crowded = 0.0075 * idle if find else 0.1 * (registers > 128)
+        alone = 0.05 * (tile.programs_per_multiprocessor == 1)
+        crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
         waiting = 0.1 * (not prefetch and tile.stages == 1)
         cost = width * chunks * (1 + waiting + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
         if cost < least:

@@ -53,6 +53,23 @@ def less_directions(y, directions_ptr, coordinates, columns, K, RANK: tl.constex
 
 
 @triton.jit
+def neighbours(x):
+    """[ROWS, WIDTH] -> the 8 tensors [ROWS, WIDTH / 8] that together are what a thread holds side by side."""
+    halves = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2)))
+    quarters = tl.split(halves[0]) + tl.split(halves[1])
+    return tl.split(quarters[0]) + tl.split(quarters[1]) + tl.split(quarters[2]) + tl.split(quarters[3])
+
+
+@triton.jit
+def plus_products(xs, v, total):
+    """total + the sum of x v over a thread's neighbouring columns, xs and v both of `neighbours`."""
+    vs = neighbours(v)
+    for column in tl.static_range(8):
+        total = tl.fma(xs[column], vs[column], total)
+    return total
+
+
+@triton.jit
 def row_sums(parts):
     """Four tensors [ROWS, WIDTH] -> their sums over the columns, in one reduction: part i + 2 j at [:, i, j]."""
     return tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), axis=1)
@@ -89,18 +106,19 @@ def coordinates_along(
     directions at a time."""
     found = ()
     for first in tl.static_range(0, RANK, 4):
-        parts = (tl.zeros((ROWS, WIDTH), tl.float32),) * 4
+        parts = (tl.zeros((ROWS, WIDTH // 8), tl.float32),) * 4
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * WIDTH + tl.arange(0, WIDTH)
             y = shifted[chunk]
             if SCALED:
                 y = y * inverses[chunk] * inverses[chunk]
+            ys = neighbours(y)
             added = ()
             for r in tl.static_range(4):
                 part = parts[r]
                 if first + r < RANK:
                     v = direction(directions_ptr, first + r, tl.broadcast_to(columns[None, :], y.shape), K)
-                    part = tl.fma(y, v, part)
+                    part = plus_products(ys, v, part)
                 added = added + (part,)
             parts = added
         sums = row_sums(parts).to(tl.bfloat16)
