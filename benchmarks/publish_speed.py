@@ -18,19 +18,35 @@ WIDE, MANY = 3072, 4096
 
 def summary_table(result: dict) -> str:
     """A GPU's wide layers with many tokens: our presets against bf16 and the native formats, least and largest."""
-    wide = [(r["model"], r["timed"]) for r in result["rows"] if min(r["K"], r["N"]) >= WIDE and r["M"] >= MANY]
-    rows = [timed for _, timed in wide]
+    wide = [r for r in result["rows"] if min(r["K"], r["N"]) >= WIDE and r["M"] >= MANY]
+    rows = [r["timed"] for r in wide]
     others = ("bf16 F.linear", *NATIVE)
     lines = ["| | " + " | ".join(f"against {name}" for name in others) + " |", "|---|" + "---|" * len(others)]
     for name in OURS:
         cells = [spread([r[o]["ms"][0] / r[name]["ms"][0] for r in rows if name in r and o in r]) for o in others]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    models = ", ".join(dict.fromkeys(model for model, _ in wide))
+    models = ", ".join(dict.fromkeys(r["model"] for r in wide))
     lines.append(
         f"\nSpeed of a whole layer, least and largest of {len(rows)} with K and N of {WIDE} and more at {MANY} tokens "
-        f"and more ({models}). {where(result)} {quantizer_line(rows)}"
+        f"and more ({models}). {where(result)} {quantizer_line(rows)} {ceiling_line(wide, result['roofline'])}"
     )
     return "\n".join(lines)
+
+
+def ceiling_line(wide: list[dict], roofline: dict) -> str:
+    """What 8 bits could gain on these layers at the most: their fastest product for all, and activations copied."""
+    product = "int8_linear of W8A8 fast, triton"
+    rate = max(2e-9 * r["M"] * r["N"] * r["K"] / r["timed"][product]["ms"][0] for r in wide if product in r["timed"])
+    gains = []
+    for r in wide:
+        # two bytes of every entry read, one written
+        copied = 3e-6 * r["M"] * r["K"] / roofline["copy_gb_per_s"]
+        least = 2e-9 * r["M"] * r["N"] * r["K"] / rate + copied
+        gains.append(r["timed"]["bf16 F.linear"]["ms"][0] / least)
+    return (
+        f"Had all of them the rate of their fastest product, {rate:.0f} TOPS, and a quantizer that only copied, they "
+        f"would be {spread(gains)} bf16 F.linear."
+    )
 
 
 def quantizer_line(rows: list[dict]) -> str:

@@ -12,12 +12,15 @@ def row(K, N, M, **milliseconds):
 
 def test_summary_of_a_gpu():
     bf16, quantizer = "bf16 F.linear", "quantize_along of W8A8, triton"
+    product = "int8_linear of W8A8 fast, triton"
     result = {
         "machine": {"device": "NVIDIA X"},
         "versions": {"torch": "2", "comfy-kitchen": "0.2"},
+        # a row of each layer takes 0.1 microseconds to copy
+        "roofline": {"copy_gb_per_s": 3 * 3072 / 100},
         "rows": [
-            row(3072, 3072, 4096, **{bf16: 3.0, "native int8": 4.0, "W8A8": 2.0, quantizer: 0.5}),
-            row(3072, 9216, 16384, **{bf16: 6.0, "native int8": 5.0, "W8A8": 4.0, "W4A8": 3.0}),
+            row(3072, 3072, 4096, **{bf16: 3.0, "native int8": 4.0, "W8A8": 2.0, quantizer: 0.5, product: 1.0}),
+            row(3072, 9216, 16384, **{bf16: 6.0, "native int8": 5.0, "W8A8": 4.0, "W4A8": 3.0, product: 24.0}),
             # too few tokens, too narrow
             row(3072, 3072, 1024, **{bf16: 9.0, "W8A8": 1.0}),
             row(1152, 3072, 4096, **{bf16: 9.0, "W8A8": 1.0}),
@@ -28,4 +31,7 @@ def test_summary_of_a_gpu():
     assert lines[5] == "| W4A8 | 2.00x to 2.00x | 1.67x to 1.67x | - | - |"
     assert "of 2 with K and N of 3072" in lines[-1]
     assert "NVIDIA X; torch 2, comfy-kitchen 0.2." in lines[-1]
-    assert lines[-1].endswith("copying memory: W8A8 50% to 50%.")
+    assert "copying memory: W8A8 50% to 50%." in lines[-1]
+    # the second layer's product is 12 times the first's, which is the faster one: 12 ms, and 1.6384 ms to copy
+    assert "77 TOPS" in lines[-1]
+    assert lines[-1].endswith(f"would be {6 / 13.6384:.2f}x to {3 / 1.4096:.2f}x bf16 F.linear.")
