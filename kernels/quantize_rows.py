@@ -120,6 +120,7 @@ def plan(
             registers += VECTOR + 8 * (width * chunks > K)
             # rows side by side in a program; the widest rows on compute capability 8 and 12
             registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 in (8, 12) and columns > 56)
+            registers += 24 * (itemsize == 4 and columns > 56)
             # rows at any address: a mask and an address for every few columns
             registers += 40 * (K % 16 > 0)
         registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
@@ -133,7 +134,7 @@ def plan(
         alone = 0.05 * (tile.programs_per_multiprocessor == 1)
         crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
         waiting = 0.1 * (not prefetch and tile.stages == 1)
-        cost = width * chunks * (1 + waiting + 0.1 * (not hold) + crowded + 0.01 * (warps > 8))
+        cost = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + 0.01 * (warps > 8))
         if cost < least:
             best, least = tile, cost
     return best

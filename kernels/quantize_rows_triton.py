@@ -20,6 +20,7 @@ from .quantizing_triton import (
     safe_scale,
     sigmoid_product,
     table_row,
+    table_row_again,
     table_value,
 )
 
@@ -36,36 +37,46 @@ def prologue(chunk, up, PROLOGUE: tl.constexpr):
 
 
 @triton.jit
-def direction(directions_ptr, r, columns, K):
-    """Direction r of a table [R, K] at `columns`, fp32. To multiply a tile by: columns as of all its rows, so that each
-    thread loads what it needs; what is loaded once for rows side by side passes through shared memory."""
-    v = tl.load(directions_ptr + r * K + columns, mask=columns < K, other=0.0, eviction_policy="evict_last")
+def columns_of(y):
+    """0 to WIDTH - 1 for every row of y [ROWS, WIDTH]: each thread then loads what it needs of a table. What is loaded
+    once for rows side by side passes through shared memory."""
+    return tl.broadcast_to(tl.arange(0, y.shape[1])[None, :], y.shape)
+
+
+@triton.jit
+def direction(directions_ptr, r, first, columns, K):
+    """Direction r of a table [R, K] at first + columns, fp32."""
+    directions_ptr += r * K + first
+    v = tl.load(directions_ptr + columns, mask=columns < K - first, other=0.0, eviction_policy="evict_last")
     return v.to(tl.float32)
 
 
 @triton.jit
-def less_directions(y, directions_ptr, coordinates, columns, K, RANK: tl.constexpr):
-    """y [ROWS, WIDTH] - p V. Fused: p V is exact, see kernels/directions.py."""
+def less_directions(y, directions_ptr, coordinates, first, K, RANK: tl.constexpr):
+    """y [ROWS, WIDTH] - p V at the columns from `first`. Fused: p V is exact, see kernels/directions.py."""
     for r in tl.static_range(RANK):
-        v = direction(directions_ptr, r, tl.broadcast_to(columns[None, :], y.shape), K)
+        v = direction(directions_ptr, r, first, columns_of(y), K)
         y = tl.fma(tl.broadcast_to(-coordinates[r][:, None], y.shape), v, y)
     return y
 
 
 @triton.jit
 def neighbours(x):
-    """[ROWS, WIDTH] -> the 8 tensors [ROWS, WIDTH / 8] that together are what a thread holds side by side."""
+    """[ROWS, WIDTH] -> 8 tensors [ROWS, WIDTH / 8]: VECTOR columns lie side by side in each thread, and go apart."""
     halves = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2)))
     quarters = tl.split(halves[0]) + tl.split(halves[1])
     return tl.split(quarters[0]) + tl.split(quarters[1]) + tl.split(quarters[2]) + tl.split(quarters[3])
 
 
 @triton.jit
-def plus_products(xs, v, total):
-    """total + the sum of x v over a thread's neighbouring columns, xs and v both of `neighbours`."""
+def plus_products(ys, v, total):
+    """total + the sum of y v over a thread's neighbouring columns: one register, one per column else.
+
+    ys: `neighbours` of y; v as wide, for all its rows or [1, WIDTH] for every one.
+    """
     vs = neighbours(v)
     for column in tl.static_range(8):
-        total = tl.fma(xs[column], vs[column], total)
+        total = tl.fma(ys[column], tl.broadcast_to(vs[column], total.shape), total)
     return total
 
 
@@ -108,7 +119,6 @@ def coordinates_along(
     for first in tl.static_range(0, RANK, 4):
         parts = (tl.zeros((ROWS, WIDTH // 8), tl.float32),) * 4
         for chunk in tl.static_range(CHUNKS):
-            columns = chunk * WIDTH + tl.arange(0, WIDTH)
             y = shifted[chunk]
             if SCALED:
                 y = y * inverses[chunk] * inverses[chunk]
@@ -117,7 +127,7 @@ def coordinates_along(
             for r in tl.static_range(4):
                 part = parts[r]
                 if first + r < RANK:
-                    v = direction(directions_ptr, first + r, tl.broadcast_to(columns[None, :], y.shape), K)
+                    v = direction(directions_ptr, first + r, chunk * WIDTH, columns_of(y), K)
                     part = plus_products(ys, v, part)
                 added = added + (part,)
             parts = added
@@ -233,8 +243,9 @@ def quantize_rows(
                 if HOLD_SHIFT:
                     y = y - shifts[chunk]
                 else:
-                    columns = tl.broadcast_to((chunk * WIDTH + tl.arange(0, WIDTH))[None, :], y.shape)
-                    y = y - table_row(shift_ptr, index, fraction, T, K, columns, columns < K)
+                    columns = columns_of(y)
+                    mask = columns < K - chunk * WIDTH
+                    y = y - table_row_again(shift_ptr + chunk * WIDTH, index, fraction, T, K, columns, mask)
             shifted = shifted + (y,)
         coordinates = ()
         if FIND:
@@ -247,8 +258,7 @@ def quantize_rows(
             coordinates = coordinates + (p.to(tl.float32),)
         transformed = ()
         for chunk in tl.static_range(CHUNKS):
-            columns = chunk * WIDTH + tl.arange(0, WIDTH)
-            y = less_directions(shifted[chunk], directions_ptr, coordinates, columns, K, RANK)
+            y = less_directions(shifted[chunk], directions_ptr, coordinates, chunk * WIDTH, K, RANK)
             if smooth_ptr is not None:
                 y = y * inverses[chunk]
             transformed = transformed + (rotate(y, ORDER, VECTOR),)
@@ -278,10 +288,10 @@ def quantize_rows(
 
         start = codes_ptr + rows.to(tl.int64)[:, None] * K
         for chunk in tl.static_range(CHUNKS):
-            columns = chunk * WIDTH + tl.arange(0, WIDTH)
+            columns = tl.arange(0, WIDTH)
             codes = encode(transformed[chunk], inverse[:, None], zero[:, None], RANGE)
-            mask = inside[:, None] & (columns < K)[None, :]
-            tl.store(start + mirrored(columns, ORDER, VECTOR)[None, :], codes, mask=mask)
+            mask = inside[:, None] & (columns < K - chunk * WIDTH)[None, :]
+            tl.store(start + chunk * WIDTH + mirrored(columns, ORDER, VECTOR)[None, :], codes, mask=mask)
 
 
 @triton.jit

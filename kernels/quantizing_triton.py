@@ -30,6 +30,18 @@ def table_row(table_ptr, index, fraction, T, K, columns, mask):
 
 
 @triton.jit
+def table_row_again(table_ptr, index, fraction, T, K, columns, mask):
+    """The same for tables read anew for every row of x: where groups are not interpolated, nothing is computed. Where
+    they are, the loads of one call wait for those of the last, which is short from the first cache only."""
+    row = tl.load(table_ptr + index * K + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if fraction != 0.0:
+        following = tl.minimum(index + 1, T - 1)
+        high = tl.load(table_ptr + following * K + columns, mask=mask, other=0.0, eviction_policy="evict_last")
+        row = row + fraction * (high.to(tl.float32) - row)
+    return row
+
+
+@triton.jit
 def table_value(table_ptr, index, fraction, T):
     """Entry index + fraction of a table [T], fp32."""
     low = tl.load(table_ptr + index).to(tl.float32)
@@ -146,9 +158,10 @@ def load_rows(x_ptr, rows, M, K, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
     chunks = ()
     start = x_ptr + rows.to(tl.int64)[:, None] * stride
     for chunk in tl.static_range(CHUNKS):
-        columns = chunk * WIDTH + tl.arange(0, WIDTH)
-        mask = (rows < M)[:, None] & (columns < K)[None, :]
-        chunks = chunks + (tl.load(start + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first"),)
+        columns = tl.arange(0, WIDTH)
+        mask = (rows < M)[:, None] & (columns < K - chunk * WIDTH)[None, :]
+        place = start + chunk * WIDTH + columns[None, :]
+        chunks = chunks + (tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first"),)
     return chunks
 
 

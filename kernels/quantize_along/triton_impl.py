@@ -14,7 +14,7 @@ from ..directions import MOST
 from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..quantize_activation.triton_impl import quantize_activation, refusal
 from ..quantize_rows import contiguous, finds, launch
-from ..quantize_rows_triton import direction, row_sums, store_coordinates
+from ..quantize_rows_triton import direction, neighbours, plus_products, row_sums, store_coordinates
 from ..quantizing_triton import table_row
 from ..triton_device import capability_of
 
@@ -48,7 +48,7 @@ def coordinates_kernel(
     inside = rows < M
     x_ptr += rows.to(tl.int64)[:, None] * x_stride
     for first in tl.static_range(0, RANK, 4):
-        p0 = tl.zeros((ROWS, WIDTH), tl.float32)
+        p0 = tl.zeros((ROWS, WIDTH // 8), tl.float32)
         p1, p2, p3 = p0, p0, p0
         for start in range(0, K, WIDTH):
             columns = start + tl.arange(0, WIDTH)
@@ -59,13 +59,15 @@ def coordinates_kernel(
             if smooth_ptr is not None:
                 s = tl.load(smooth_ptr + columns, mask=within, other=1.0, eviction_policy="evict_last").to(tl.float32)
                 y = y * (1.0 / (s * s))[None, :]
-            p0 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first, columns, K)[None, :], y.shape), p0)
+            # one load for both rows, of which each thread holds the same columns
+            both, ys = tl.arange(0, WIDTH)[None, :], neighbours(y)
+            p0 = plus_products(ys, direction(directions_ptr, first, start, both, K), p0)
             if first + 1 < RANK:
-                p1 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 1, columns, K)[None, :], y.shape), p1)
+                p1 = plus_products(ys, direction(directions_ptr, first + 1, start, both, K), p1)
             if first + 2 < RANK:
-                p2 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 2, columns, K)[None, :], y.shape), p2)
+                p2 = plus_products(ys, direction(directions_ptr, first + 2, start, both, K), p2)
             if first + 3 < RANK:
-                p3 = tl.fma(y, tl.broadcast_to(direction(directions_ptr, first + 3, columns, K)[None, :], y.shape), p3)
+                p3 = plus_products(ys, direction(directions_ptr, first + 3, start, both, K), p3)
         sums = row_sums((p0, p1, p2, p3)).to(tl.bfloat16)
         store_coordinates(found_ptr, sums, rows, inside, first, RANK)
 
