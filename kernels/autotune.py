@@ -1,4 +1,5 @@
-"""Opt-in choice of tiles by measurement: DIT_QUANT_AUTOTUNE=1. Without it the tables of tiles.py decide.
+"""Opt-in choice of tiles by measurement: DIT_QUANT_AUTOTUNE=1. Without it the tables of tiles.py decide for products,
+the counts of row_tiles.py for quantizers.
 
 A result holds for every M of its bucket, so that a new resolution or prompt length never tunes again, and is kept in a
 JSON file under the user's cache folder; DIT_QUANT_AUTOTUNE_CACHE names another one.
@@ -12,12 +13,12 @@ import statistics
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from .tiles import Tile, bucket_of, candidates, tile_for
+from .tiles import bucket_of
 from .user_cache import user_cache
 
 SWITCH, CACHE = "DIT_QUANT_AUTOTUNE", "DIT_QUANT_AUTOTUNE_CACHE"
@@ -26,13 +27,15 @@ WARM_UP, REPEATS = 2, 7
 
 logger = logging.getLogger("dit_quant")
 lock = threading.Lock()
-# key -> Tile, of this process; the file is read when a key is missing here
-chosen: dict[str, Tile] = {}
+# key -> tile, of this process; the file is read when a key is missing here
+chosen: dict[str, Any] = {}
+# a frozen dataclass of numbers
+Tile = TypeVar("Tile")
 
 
-def enabled() -> bool:
+def enabled(device: torch.device) -> bool:
     """Asked at every call: the switch works in a running host."""
-    return os.environ.get(SWITCH) == "1"
+    return os.environ.get(SWITCH) == "1" and device.type == "cuda"
 
 
 def cache_file() -> Path:
@@ -43,39 +46,36 @@ def cache_file() -> Path:
 
 
 def tuned_tile(
-    op: str,
+    key: str,
+    options: tuple[Tile, ...],
+    usual: Tile,
     launch: Callable[[Tile], None],
     device: torch.device,
-    capability: int,
-    M: int,
-    N: int,
-    K: int,
-    flags: tuple,
     timer: Callable[[Callable[[], None]], float] | None = None,
 ) -> Tile:
-    """The fastest tile for this bucket of M: remembered, on disk, or measured now with `timer` (seconds of a call).
+    """The fastest of `options` for this key: remembered, on disk, or measured now with `timer` (seconds of a call).
 
-    While a CUDA graph is captured nothing can be timed: an unknown key then gets the tabled tile, for that call.
+    While a CUDA graph is captured nothing can be timed: an unknown key then gets the usual tile, for that call.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = key_of(op, name, capability, M, N, K, flags)
     if (tile := chosen.get(key)) is not None:
         return tile
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return tile_for(op, capability, M, N, K)
+        return usual
     with lock:
         if (tile := chosen.get(key)) is not None:
             return tile
-        options = candidates(op, capability, bucket_of(M), N, K)
         stored = read(cache_file()).get(key)
-        tile = stored if stored in options else fastest(options, launch, timer or device_seconds)
-        chosen[key] = tile
-        if tile != stored:
+        tile = next((option for option in options if vars(option) == stored), None)
+        if tile is None:
+            tile = fastest(options, launch, timer or device_seconds)
             write(cache_file(), key, tile)
+        chosen[key] = tile
     return tile
 
 
-def key_of(op: str, name: str, capability: int, M: int, N: int, K: int, flags: tuple) -> str:
+def key_of(op: str, device: torch.device, capability: int, M: int, N: int, K: int, flags: tuple) -> str:
+    """What a choice depends on; the same for every M of a bucket."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{op} | {name} | {capability} | M<={bucket_of(M)} N={N} K={K} | {' '.join(str(flag) for flag in flags)}"
 
 
@@ -111,13 +111,13 @@ def device_seconds(call: Callable[[], None]) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in marks) / 1e3
 
 
-def read(path: Path) -> dict[str, Tile]:
-    """Stored results; none, with a warning, where the file is not one of ours."""
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Stored results, fields of tiles; none, with a warning, where the file is not one of ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
             return {}
-        return {key: Tile(**fields) for key, fields in content["tiles"].items()}
+        return {key: dict(fields) for key, fields in content["tiles"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -125,9 +125,9 @@ def read(path: Path) -> dict[str, Tile]:
         return {}
 
 
-def write(path: Path, key: str, tile: Tile) -> None:
+def write(path: Path, key: str, tile: Any) -> None:
     """Adds one result to what the file holds by now. Atomic: a reader sees the old file or the new one."""
-    tiles = {name: asdict(kept) for name, kept in sorted({**read(path), key: tile}.items())}
+    tiles = dict(sorted({**read(path), key: vars(tile)}.items()))
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

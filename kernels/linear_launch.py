@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import autotune
 from .directions import check
-from .tiles import Tile, tile_for
+from .tiles import Tile, bucket_of, candidates, tile_for
 from .triton_device import capability_of
 
 
@@ -16,10 +16,11 @@ def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N
     """launch(tile) on the tensors' device, with the tabled tile or, where asked for, the tuned one."""
     capability = capability_of(device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if autotune.enabled() and device.type == "cuda":
-            tile = autotune.tuned_tile(op, launch, device, capability, M, N, K, flags)
-        else:
-            tile = tile_for(op, capability, M, N, K)
+        tile = tile_for(op, capability, M, N, K)
+        if autotune.enabled(device):
+            key = autotune.key_of(op, device, capability, M, N, K, flags)
+            options = candidates(op, capability, bucket_of(M), N, K)
+            tile = autotune.tuned_tile(key, options, tile, launch, device)
         launch(tile)
 
 

@@ -3,7 +3,8 @@
 from itertools import product
 
 from ahead_of_time import CAPABILITIES, Compilation
-from dit_quant.kernels.quantize_rows import LONG_CONSTANTS, finds, plan
+from dit_quant.kernels.quantize_rows import LONG_CONSTANTS
+from dit_quant.kernels.row_tiles import finds, plan
 
 MODULE = "dit_quant.kernels.quantize_rows_triton"
 TENSORS = (

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from dit_quant.kernels import autotune, user_cache
-from dit_quant.kernels.tiles import TILES, bucket_of, candidates
+from dit_quant.kernels.tiles import TILES, bucket_of, candidates, tile_for
 
 SHAPE = {"N": 3072, "K": 3072}
 CPU = torch.device("cpu")
@@ -47,17 +47,21 @@ def forget():
 
 
 def tune(clock, M=4096, op="int8_linear", flags=(), **shape):
-    shape = {**SHAPE, **shape}
-    return autotune.tuned_tile(op, clock.launch, CPU, 90, M, shape["N"], shape["K"], flags, timer=clock)
+    N, K = ({**SHAPE, **shape}[name] for name in ("N", "K"))
+    key = autotune.key_of(op, CPU, 90, M, N, K, flags)
+    usual = tile_for(op, 90, M, N, K)
+    return autotune.tuned_tile(key, candidates(op, 90, bucket_of(M), N, K), usual, clock.launch, CPU, timer=clock)
 
 
 def test_off_unless_asked_for_at_the_call(monkeypatch):
+    card = torch.device("cuda")
     monkeypatch.delenv(autotune.SWITCH, raising=False)
-    assert not autotune.enabled()
+    assert not autotune.enabled(card)
     monkeypatch.setenv(autotune.SWITCH, "1")
-    assert autotune.enabled()
+    assert autotune.enabled(card)
+    assert not autotune.enabled(CPU)
     monkeypatch.setenv(autotune.SWITCH, "0")
-    assert not autotune.enabled()
+    assert not autotune.enabled(card)
 
 
 def test_fastest_of_all_candidates(cache):
@@ -103,12 +107,10 @@ def test_other_errors_are_not_swallowed():
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        autotune.tuned_tile("int8_linear", broken, CPU, 90, 64, 64, 64, (), timer=Clock())
+        autotune.tuned_tile("a key", TILES["int8_linear", 90], TILES["int8_linear", 90][0], broken, CPU, timer=Clock())
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "tiles": {"a": {"b": 1}}}', "\0"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "tiles": {"a": 1}}', "\0"])
 def test_a_corrupted_file_is_a_warning_and_is_rewritten(content, cache, caplog):
     cache.parent.mkdir()
     cache.write_text(content)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from dit_quant.kernels.quantize_activation.reference import quantize_activation as reference
-from dit_quant.kernels.quantize_rows import LONGEST_FUSED_ROW, LONGEST_ROW, REGISTER_FILE, SHARED_MEMORY, finds, plan
+from dit_quant.kernels.row_tiles import LONGEST_ROW
 
 pytest.importorskip("triton")
-from dit_quant.kernels.adaln_quantize.triton_impl import WIDEST
 from dit_quant.kernels.quantize_activation.triton_impl import quantize_activation, refusal
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -168,76 +167,3 @@ def test_other_devices_are_refused(monkeypatch):
     assert refusal(torch.device("cuda"), K=64) == "compute capability 7.5 < 8.0"
     monkeypatch.setattr("dit_quant.kernels.triton_device.capability_of", lambda device: 86)
     assert refusal(torch.device("cuda"), K=64) is None
-
-
-@pytest.mark.parametrize("tables", [0, 1, 2])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize(
-    ("prologue", "longest"), [("plain", LONGEST_ROW), ("layer", WIDEST), ("swiglu", LONGEST_FUSED_ROW)]
-)
-def test_every_row_has_a_tile(prologue, longest, itemsize, tables):
-    assert plan(longest + 1, 1, tables, itemsize, prologue) is None or prologue == "layer"
-    for K in (*range(1, 300), *range(300, longest, 100), longest):
-        order = max(n for n in (1, 4, 16, 64, 256) if K % n == 0)
-        tile = plan(K, order, tables, itemsize, prologue)
-        if tile is None:
-            # fp32 with both tables: the registers end
-            assert (itemsize, tables) == (4, 2)
-            assert K > WIDEST
-            continue
-        assert tile.width * tile.chunks >= K > tile.width * (tile.chunks - 1)
-        assert tile.width % order == 0
-        # a thread's columns in one piece: fewer would spread a butterfly, more would split a load
-        assert tile.rows * tile.width == 32 * tile.warps * 8
-        assert tile.programs_per_multiprocessor >= 1
-        if K > 1024:
-            assert tile.width * tile.chunks <= 1.34 * K
-
-
-@pytest.mark.parametrize("capability", [0, 80, 90, 100, 120])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_rows_with_coordinates_fit_where_a_tile_is_offered(itemsize, capability):
-    offered = 0
-    for K in (*range(16, 300, 16), *range(320, LONGEST_ROW + 1, 64)):
-        order = max(n for n in (1, 4, 16, 64, 256) if K % n == 0)
-        tile = plan(K, order, 2, itemsize, "plain", True, capability, True)
-        assert (tile is not None) == finds(K, order, 2, itemsize, capability)
-        if tile is None:
-            assert K > 12288, "no width of a published model but the longest goes without"
-            continue
-        offered += 1
-        assert tile.width * tile.chunks >= K > tile.width * (tile.chunks - 1)
-        assert tile.width % order == 0
-        assert 32 * tile.warps * tile.registers <= REGISTER_FILE
-    assert offered > 180
-    assert not finds(LONGEST_ROW + 64, 64, 2, itemsize, capability)
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("prologue", ["plain", "gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("tables", [0, 2])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_ahead_fit_in_shared_memory(itemsize, tables, prologue, capability):
-    """Of all programs that registers let onto a multiprocessor, with a kilobyte of each that is the driver's."""
-    for K in (*range(16, 300, 16), *range(320, LONGEST_ROW + 1, 64)):
-        tile = plan(K, 1, tables, itemsize, prologue, capability=capability)
-        if tile is None:
-            continue
-        assert not (tile.prefetch and tile.stages > 1)
-        row = tile.width * tile.chunks * itemsize * (2 if prologue == "swiglu" else 1)
-        taken = tile.programs_per_multiprocessor * ((tile.stages - 1) * tile.rows * row + 2048)
-        assert taken <= SHARED_MEMORY[capability], K
-
-
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("K", [1152, 1536, 2304, 3072, 3840, 4608, 5120, 6144, 10240, 12288, 13824, 15360])
-def test_rows_of_published_models_have_two_tiles_on_their_way(K, capability):
-    """In half precision, with shift and scale. Where the copy fills registers, ptxas asks for it half a row later."""
-    assert plan(K, 1, 2, 2, capability=capability).stages >= 3
-
-
-def test_rows_beside_other_loads_are_fetched_to_registers():
-    """Directions and modulations are loaded in the same loop, and 16-byte copies want rows of 16 entries."""
-    for given in ({"directions": True}, {"prologue": "layer"}, {"K": 3080}):
-        found = plan(**({"K": 3072, "order": 1, "tables": 2, "itemsize": 2, "capability": 90} | given))
-        assert (found.prefetch, found.stages) == (True, 1)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from dit_quant.kernels import dispatch, int4_linear, int8_linear, quantize_along
+from dit_quant.kernels import autotune, dispatch, int4_linear, int8_linear, quantize_along, quantize_rows
 from dit_quant.kernels.directions import MOST, along
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import reference as quantizer
 from dit_quant.kernels.quantize_along import native_impl, reference, torch_impl
-from dit_quant.kernels.quantize_rows import plan
+from dit_quant.kernels.row_tiles import plan
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -218,6 +218,42 @@ def test_types_and_sizes_that_would_round_or_read_too_far_are_refused(coordinate
     group = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
     with pytest.raises(ValueError, match=message):
         run.quantize_activation(torch.zeros(2, 16), directions=directions, coordinates=coordinates, **group)
+
+
+class Trying:
+    """Stands for kernels/autotune.py: chooses one tile after the other of those it is offered."""
+
+    def __init__(self):
+        self.key_of, self.offered, self.turn = autotune.key_of, (), 0
+
+    def enabled(self, device):
+        return True
+
+    def tuned_tile(self, key, options, usual, launch, device):
+        self.offered = options
+        assert usual == options[0]
+        return options[self.turn]
+
+
+@pytest.mark.parametrize("find", [False, True])
+def test_every_tile_that_is_compared_has_the_same_bits(find, monkeypatch, device):
+    """DIT_QUANT_AUTOTUNE=1: with directions and without, a row and a part of one past what fits the tiles."""
+    triton_impl, K = implementation("triton", 3, 1600), 1600
+    given = tables(K, 4, device=device)
+    x = tokens(3, K, given, torch.bfloat16)
+    trying = Trying()
+    monkeypatch.setattr(quantize_rows, "autotune", trying)
+    while trying.turn == 0 or trying.turn < len(trying.offered):
+        if find:
+            found = triton_impl.quantize_along(x, **given, hadamard=64, symmetric=False)
+            assert_codes_fit_their_coordinates(found, x, given, hadamard=64, symmetric=False)
+        else:
+            columns = {name: value for name, value in given.items() if name != "directions"}
+            found = triton_impl.quantize_activation(x, **columns, hadamard=64, symmetric=False)
+            expected = quantizer.quantize_activation(x, **columns, hadamard=64, symmetric=False)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        trying.turn += 1
+    assert len(set(trying.offered)) == len(trying.offered) > 3
 
 
 @pytest.mark.parametrize(("K", "order"), [(3072, 256), (6144, 256)])

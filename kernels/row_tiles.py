@@ -1,0 +1,147 @@
+"""Tiles of the Triton quantizers, from a count of registers and shared memory: whole rows of K columns."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import ceil
+from typing import Any
+
+from .tiles import family_of
+
+# a row of more columns is read twice: its registers would spill on one card or another
+LONGEST_ROW = 15360
+LONGEST_FUSED_ROW = 13824
+# a thread's neighbouring columns: 16 bytes of a half-precision row, 8 bytes of codes
+VECTOR = 8
+REGISTER_FILE = 65536
+# bytes of a multiprocessor per architecture family; a program's own and its sums over rows
+SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+SHARED_MEMORY_RESERVED = 3 * 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x (chunks x width) columns per step of a program. The next tile is loaded to registers meanwhile
+    (`prefetch`), or the next stages - 1 to shared memory. `hold_shift`: the shift stays in registers from tile to tile,
+    else it is read anew."""
+
+    rows: int
+    width: int
+    chunks: int
+    warps: int
+    prefetch: bool
+    registers: int
+    hold_shift: bool = True
+    stages: int = 1
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring columns that one thread holds."""
+        return min(self.width, VECTOR)
+
+    def constants(self, K: int) -> dict[str, Any]:
+        """Compile-time arguments and options of `quantize_rows`."""
+        return {
+            "ROWS": self.rows,
+            "WIDTH": self.width,
+            "CHUNKS": self.chunks,
+            "PADDED": self.width * self.chunks != K,
+            "VECTOR": self.vector,
+            "PREFETCH": self.prefetch,
+            "STAGES": self.stages,
+            "HOLD_SHIFT": self.hold_shift,
+            "num_warps": self.warps,
+        }
+
+    @property
+    def programs_per_multiprocessor(self) -> int:
+        return max(1, min(2048, REGISTER_FILE // self.registers) // (32 * self.warps))
+
+    def compiler_options(self, ranges: str, prologue: str, find: bool) -> dict[str, Any]:
+        """Registers for NVIDIA's compiler, so that exactly the programs that are launched fit on a multiprocessor.
+
+        Left alone it spills a few bytes to fit one more, or takes so many that one program of 8 warps fits, not two.
+        Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps.
+        """
+        counted = prologue in ("plain", "gelu") if self.warps == 8 else (prologue, ranges) == ("plain", "static")
+        if not (counted or find):
+            return {}
+        return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
+
+
+def plan(*row: Any, **more: Any) -> Tile | None:
+    """The best of `plans` for such rows, or None."""
+    return next(iter(plans(*row, **more)), None)
+
+
+@lru_cache(maxsize=256)
+def plans(
+    K: int,
+    order: int,
+    tables: int,
+    itemsize: int,
+    prologue: str = "plain",
+    directions: bool = False,
+    capability: int = 0,
+    find: bool = False,
+) -> tuple[Tile, ...]:
+    """Tiles for rows of K columns, best first; none where the registers do not hold a row.
+
+    tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x; find: the
+    coordinates along the directions are found too. Fewest padded columns first, then the next tile's loads in flight,
+    then at least 512 threads on a multiprocessor.
+    """
+    if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
+        return ()
+    inputs = 2 if prologue == "swiglu" else 1
+    # other loads of the loop would go through shared memory too; odd rows are no 16-byte copies; erf outlasts a load
+    staged = capability >= 80 and not directions and prologue not in ("layer", "rms", "gelu") and K % 16 == 0
+    if K <= 256:
+        width = max(16, order, 1 << (K - 1).bit_length())
+        registers = 96 + 32 * find
+        tile = Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=not staged, registers=registers)
+        return (staging(tile, itemsize * inputs, capability) if staged else tile,)
+    costs: dict[Tile, float] = {}
+    gelu = prologue == "gelu"
+    fetching = (False,) if gelu else (False, True) if staged else (True, False)
+    holding = (True, False) if (find or gelu) and tables == 2 else (True,)
+    for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, holding):
+        chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
+        # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
+        columns = VECTOR * chunks
+        registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu
+        if directions:
+            # compute capability 10 multiplies in pairs, which have to lie side by side
+            registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
+        if find:
+            registers += VECTOR + 8 * (width * chunks > K)
+            # rows side by side in a program; the widest rows on compute capability 8 and 12
+            registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 in (8, 12) and columns > 56)
+            registers += 24 * (itemsize == 4 and columns > 56)
+            # rows at any address: a mask and an address for every few columns
+            registers += 40 * (K % 16 > 0)
+        registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
+        if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
+            continue
+        tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
+        if staged and not prefetch:
+            tile = staging(tile, itemsize * inputs, capability)
+        # sums over a row want registers more than they want warps, and another program for the time they take
+        idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
+        alone = 0.05 * (tile.programs_per_multiprocessor == 1)
+        crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
+        waiting = 0.1 * (not prefetch and tile.stages == 1)
+        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + 0.01 * (warps > 8))
+    return tuple(sorted(costs, key=lambda tile: costs[tile]))
+
+
+def staging(tile: Tile, itemsize: int, capability: int) -> Tile:
+    """As many tiles ahead as shared memory holds for all programs of a multiprocessor, three at the most."""
+    room = SHARED_MEMORY[family_of(capability)] // tile.programs_per_multiprocessor - SHARED_MEMORY_RESERVED
+    ahead = room // (tile.rows * tile.width * tile.chunks * itemsize)
+    return replace(tile, stages=1 + min(3, ahead))
+
+
+def finds(K: int, order: int, tables: int, itemsize: int, capability: int = 0) -> bool:
+    """Whether the kernel that quantizes rows of K columns can find their coordinates too."""
+    return plan(K, order, tables, itemsize, "plain", True, capability, True) is not None
