@@ -167,7 +167,7 @@ def rows_kernel(
     given = {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": rank, "enable_fp_fusion": False}
     if tile is None:
         return launcher(quantize_long_rows, capability, **given, **LONG_CONSTANTS), None
-    options = tile.compiler_options(ranges, prologue, find) if capability else {}
+    options = tile.compiler_options(ranges, prologue, find, tables) if capability else {}
     return launcher(quantize_rows, capability, FIND=find, **given, **tile.constants(K), **options), tile
 
 

@@ -175,21 +175,21 @@ def quantize_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
     PREFETCH: tl.constexpr,
     STAGES: tl.constexpr,
     HOLD_SHIFT: tl.constexpr,
     FIND: tl.constexpr,
 ):
-    """Whole rows: CHUNKS * WIDTH >= K. RANGE "symmetric", "asymmetric" or "static".
+    """Whole rows: CHUNKS * WIDTH >= K = COLUMNS. RANGE "symmetric", "asymmetric" or "static".
 
     FIND: the coordinates along the directions are an output, not an operand. HOLD_SHIFT: the shift stays in registers.
     PREFETCH: the next tile is loaded to registers meanwhile. STAGES > 1: the next STAGES - 1 to shared memory.
     """
-    if not PADDED:
-        # what the compiler knows to be inside needs no mask, and no zeros to start from
-        K = CHUNKS * WIDTH
+    # what the compiler knows to be inside needs no mask, no zeros to start from and no address of its own
+    K = COLUMNS
+    PADDED: tl.constexpr = CHUNKS * WIDTH > COLUMNS
     index = tl.load(index_ptr)
     fraction = tl.load(fraction_ptr).to(tl.float32)
     shifts, inverses = column_tables(

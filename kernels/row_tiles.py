@@ -45,7 +45,7 @@ class Tile:
             "ROWS": self.rows,
             "WIDTH": self.width,
             "CHUNKS": self.chunks,
-            "PADDED": self.width * self.chunks != K,
+            "COLUMNS": K,
             "VECTOR": self.vector,
             "PREFETCH": self.prefetch,
             "STAGES": self.stages,
@@ -57,14 +57,14 @@ class Tile:
     def programs_per_multiprocessor(self) -> int:
         return max(1, min(2048, REGISTER_FILE // self.registers) // (32 * self.warps))
 
-    def compiler_options(self, ranges: str, prologue: str, find: bool) -> dict[str, Any]:
+    def compiler_options(self, ranges: str, prologue: str, find: bool, tables: int) -> dict[str, Any]:
         """Registers for NVIDIA's compiler, so that exactly the programs that are launched fit on a multiprocessor.
 
         Left alone it spills a few bytes to fit one more, or takes so many that one program of 8 warps fits, not two.
         Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps.
         """
         counted = prologue in ("plain", "gelu") if self.warps == 8 else (prologue, ranges) == ("plain", "static")
-        if not (counted or find):
+        if not (counted or find or (self.stages > 1 and prologue == "plain" and tables == 0)):
             return {}
         return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
 
@@ -109,17 +109,17 @@ def plans(
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
         columns = VECTOR * chunks
-        registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu
+        registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu + 16 * (staged and tables == 0)
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
             registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
         if find:
             registers += VECTOR + 8 * (width * chunks > K)
-            # rows side by side in a program; the widest rows on compute capability 8 and 12
-            registers += 16 * (width < 32 * VECTOR * warps) + 8 * (capability // 10 in (8, 12) and columns > 56)
+            # rows side by side in a program; the widest rows on any compute capability but 9
+            registers += 16 * (width < 32 * VECTOR * warps) + 16 * (capability // 10 in (8, 10, 12) and columns > 48)
             registers += 24 * (itemsize == 4 and columns > 56)
             # rows at any address: a mask and an address for every few columns
-            registers += 40 * (K % 16 > 0)
+            registers += 80 * (K % 16 > 0)
         registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue

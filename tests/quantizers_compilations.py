@@ -38,7 +38,8 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
         present |= {"gamma": f"*{dtype}", "beta": f"*{dtype}"}
     itemsize = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype]
     directions, find = "directions" in tables, tables.startswith("finding")
-    tile = plan(K, order, len(TABLES[tables].keys() & COLUMNS), itemsize, prologue, directions, capability, find)
+    held = len(TABLES[tables].keys() & COLUMNS)
+    tile = plan(K, order, held, itemsize, prologue, directions, capability, find)
     long = tile is None
     pointers = [name for name in POINTERS if not (long and name in ("weight", "bias", "gamma", "beta"))]
     signature = {f"{name}_ptr": f"{present[name]}:16" for name in pointers if name in present}
@@ -51,7 +52,7 @@ def compilation(K, capability, *, order=1, ranges="asymmetric", prologue="plain"
     else:
         signature |= {"tokens": "i32", "gamma_stride": "i32:16", "beta_stride": "i32:16", "eps": "fp32"}
         constexprs |= tile.constants(K) | {"FIND": find}
-        options |= tile.compiler_options(ranges, prologue, find)
+        options |= tile.compiler_options(ranges, prologue, find, held)
     options["num_warps"] = constexprs.pop("num_warps")
     return Compilation(
         name=f"{prologue} {dtype} K{K} H{order} {ranges} {tables}",
