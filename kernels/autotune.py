@@ -67,7 +67,7 @@ def tuned_tile(
         stored = read(cache_file()).get(key)
         tile = next((option for option in options if vars(option) == stored), None)
         if tile is None:
-            tile = fastest(options, launch, timer or device_seconds)
+            tile = fastest(key, options, launch, timer or device_seconds)
             write(cache_file(), key, tile)
         chosen[key] = tile
     return tile
@@ -79,9 +79,11 @@ def key_of(op: str, device: torch.device, capability: int, M: int, N: int, K: in
     return f"{op} | {name} | {capability} | M<={bucket_of(M)} N={N} K={K} | {' '.join(str(flag) for flag in flags)}"
 
 
-def fastest(options: tuple[Tile, ...], launch: Callable[[Tile], None], timer: Callable) -> Tile:
-    """The option of least time; one that does not fit the card counts as endless."""
+def fastest(key: str, options: tuple[Tile, ...], launch: Callable[[Tile], None], timer: Callable) -> Tile:
+    """The option of least time, with all times logged; one that does not fit the card counts as endless."""
     seconds = {tile: measured(lambda tile=tile: launch(tile), timer) for tile in options}
+    for tile, time in seconds.items():
+        logger.info("autotune: %s: %.1f us with %s", key, 1e6 * time, tile)
     best = min(seconds, key=lambda tile: seconds[tile])
     if math.isinf(seconds[best]):
         raise RuntimeError(f"none of the {len(options)} tiles fits this card; unset {SWITCH}")

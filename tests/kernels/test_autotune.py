@@ -64,10 +64,13 @@ def test_off_unless_asked_for_at_the_call(monkeypatch):
     assert not autotune.enabled(card)
 
 
-def test_fastest_of_all_candidates(cache):
+def test_fastest_of_all_candidates(cache, caplog):
     tiles = TILES["int8_linear", 90]
     clock = Clock(fast=tiles[2])
-    assert tune(clock) == tiles[2]
+    with caplog.at_level(logging.INFO, "dit_quant"):
+        assert tune(clock) == tiles[2]
+    assert f": 0.0 us with {tiles[2]}" in caplog.text
+    assert f": 1000000.0 us with {tiles[1]}" in caplog.text
     assert clock.launched == list(candidates("int8_linear", 90, 4096, **SHAPE))
     assert len(json.loads(cache.read_text())["tiles"]) == 1
 
