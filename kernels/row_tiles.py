@@ -61,10 +61,12 @@ class Tile:
         """Registers for NVIDIA's compiler, so that exactly the programs that are launched fit on a multiprocessor.
 
         Left alone it spills a few bytes to fit one more, or takes so many that one program of 8 warps fits, not two.
-        Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps.
+        Not for forms that need more than the plan counts: a norm or a gate, dynamic ranges of 8 chunks on 4 warps;
+        but for all where it counts so many that they may have the most.
         """
         counted = prologue in ("plain", "gelu") if self.warps == 8 else (prologue, ranges) == ("plain", "static")
-        if not (counted or find or (self.stages > 1 and prologue == "plain" and tables == 0)):
+        counted = counted or find or (self.stages > 1 and prologue == "plain" and tables == 0)
+        if not counted and self.registers <= 168:
             return {}
         return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
 
@@ -109,7 +111,8 @@ def plans(
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
         columns = VECTOR * chunks
-        registers = columns * (1 + tables - (not hold)) + 32 + 8 * gelu + 16 * (staged and tables == 0)
+        registers = columns * (1 + tables - (not hold)) + 32 + 24 * (staged and tables == 0)
+        registers += 8 * gelu + 16 * (gelu and not hold)
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
             registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
