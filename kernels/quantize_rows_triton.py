@@ -62,20 +62,18 @@ def less_directions(y, directions_ptr, coordinates, first, K, RANK: tl.constexpr
 
 @triton.jit
 def neighbours(x):
-    """[ROWS, WIDTH] -> 8 tensors [ROWS, WIDTH / 8]: VECTOR columns lie side by side in each thread, and go apart."""
-    halves = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 2, 2)))
-    quarters = tl.split(halves[0]) + tl.split(halves[1])
-    return tl.split(quarters[0]) + tl.split(quarters[1]) + tl.split(quarters[2]) + tl.split(quarters[3])
+    """[ROWS, WIDTH] -> 2 tensors [ROWS, WIDTH / 2]: neighbouring columns, which each thread holds, go apart."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
 
 
 @triton.jit
 def plus_products(ys, v, total):
-    """total + the sum of y v over a thread's neighbouring columns: one register, one per column else.
+    """total + the sum of y v over a thread's neighbouring columns: fewer registers than one sum per column.
 
     ys: `neighbours` of y; v as wide, for all its rows or [1, WIDTH] for every one.
     """
     vs = neighbours(v)
-    for column in tl.static_range(8):
+    for column in tl.static_range(2):
         total = tl.fma(ys[column], tl.broadcast_to(vs[column], total.shape), total)
     return total
 
@@ -117,7 +115,7 @@ def coordinates_along(
     directions at a time."""
     found = ()
     for first in tl.static_range(0, RANK, 4):
-        parts = (tl.zeros((ROWS, WIDTH // 8), tl.float32),) * 4
+        parts = (tl.zeros((ROWS, WIDTH // 2), tl.float32),) * 4
         for chunk in tl.static_range(CHUNKS):
             y = shifted[chunk]
             if SCALED:

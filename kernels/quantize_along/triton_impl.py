@@ -49,7 +49,7 @@ def coordinates_kernel(
     inside = rows < M
     x_ptr += rows.to(tl.int64)[:, None] * x_stride
     for first in tl.static_range(0, RANK, 4):
-        p0 = tl.zeros((ROWS, WIDTH // 8), tl.float32)
+        p0 = tl.zeros((ROWS, WIDTH // 2), tl.float32)
         p1, p2, p3 = p0, p0, p0
         for start in range(0, K, WIDTH):
             columns = start + tl.arange(0, WIDTH)
