@@ -118,8 +118,11 @@ def plans(
             registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
         if find:
             registers += VECTOR + 8 * (width * chunks > K)
-            # rows side by side in a program; the widest rows on any compute capability but 9
-            registers += 16 * (width < 32 * VECTOR * warps) + 16 * (capability // 10 in (8, 10, 12) and columns > 48)
+            if width < 32 * VECTOR * warps:
+                # rows side by side in a program; a shift held for many columns of them passes through shared memory
+                registers += 16 + 16 * (columns > 24)
+            # the widest rows on any compute capability but 9
+            registers += 16 * (capability // 10 in (8, 10, 12) and columns > 48)
             registers += 24 * (itemsize == 4 and columns > 56)
             # rows at any address: a mask and an address for every few columns
             registers += 80 * (K % 16 > 0)
