@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,32 @@ from torch import Tensor
 from . import autotune
 from .directions import check
 from .launcher import Launcher, launcher
-from .row_tiles import VECTOR, Tile, plan, plans
+from .row_tiles import VECTOR, Tile, plans
 from .triton_device import capability_of, device_refusal
 
 ORDERS = (1, 4, 16, 64, 256)
 # tiles that are compared where choices are measured: each takes seconds to compile
 MOST_TRIED = 6
 LONG_CONSTANTS: dict[str, Any] = {"WIDTH": 4096, "VECTOR": VECTOR, "num_warps": 16}
+
+
+class Form(NamedTuple):
+    """What a quantizer is compiled for: rows of K columns, as `plans` describes them, and where their range is from."""
+
+    device: torch.device
+    K: int
+    order: int
+    tables: int
+    itemsize: int
+    prologue: str
+    rank: int
+    ranges: str
+    find: bool
+
+    def tiles(self) -> tuple[Tile, ...]:
+        """Best first."""
+        row = (self.K, self.order, self.tables, self.itemsize, self.prologue, self.rank > 0)
+        return plans(*row, capability_of(self.device), self.find)
 
 
 @lru_cache(maxsize=16)
@@ -102,12 +121,12 @@ def launch(
     T = next((table.shape[0] for table in (shift, static_scale) if table is not None), 1)
     sizes = (M, K, T, x.stride(0), 0 if up is None else up.stride(0))
     tables, rank = (shift is not None) + (smooth is not None), 0 if directions is None else directions.shape[0]
-    form = (x.device, K, hadamard, tables, x.element_size(), prologue, rank, ranges, find)
+    form = Form(x.device, K, hadamard, tables, x.element_size(), prologue, rank, ranges, find)
     norm = contiguous(weight), contiguous(bias), gamma, beta
     strides = 0 if gamma is None else gamma.stride(0), 0 if beta is None else beta.stride(0)
 
     def run(tile: Tile | None) -> None:
-        kernel, tile = rows_kernel(*form, tile)
+        kernel, tile = rows_kernel(form, tile)
         if tile is None:
             kernel(M, x, up, *pointers, *sizes)
         else:
@@ -116,59 +135,40 @@ def launch(
 
     if M:
         with torch.cuda.device_of(x):
-            run(fastest_tile(run, M, x.dtype, *form) if autotune.enabled(x.device) else None)
+            run(fastest_tile(run, M, x.dtype, form) if autotune.enabled(x.device) else None)
     return codes, for_all_rows(scale, M), None if zero is None else for_all_rows(zero, M)
 
 
-def fastest_tile(
-    run: Callable[[Tile], None],
-    M: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    K: int,
-    order: int,
-    tables: int,
-    itemsize: int,
-    prologue: str,
-    rank: int,
-    ranges: str,
-    find: bool,
-) -> Tile | None:
+def fastest_tile(run: Callable[[Tile], None], M: int, dtype: torch.dtype, form: Form) -> Tile | None:
     """Of the tiles for such rows that which is measured to be the fastest, see autotune.py."""
-    capability = capability_of(device)
-    options = plans(K, order, tables, itemsize, prologue, rank > 0, capability, find)
+    options = form.tiles()
     if not options:
         return None
-    flags = (dtype, order, tables, prologue, rank, ranges, find)
-    key = autotune.key_of("quantize_rows", device, capability, M, 0, K, flags)
-    return autotune.tuned_tile(key, options[:MOST_TRIED], options[0], run, device)
+    flags = (dtype, form.order, form.tables, form.prologue, form.rank, form.ranges, form.find)
+    key = autotune.key_of("quantize_rows", form.device, capability_of(form.device), M, 0, form.K, flags)
+    return autotune.tuned_tile(key, options[:MOST_TRIED], options[0], run, form.device)
 
 
 @lru_cache(maxsize=1024)
-def rows_kernel(
-    device: torch.device,
-    K: int,
-    order: int,
-    tables: int,
-    itemsize: int,
-    prologue: str,
-    rank: int,
-    ranges: str,
-    find: bool,
-    tile: Tile | None,
-) -> tuple[Launcher, Tile | None]:
-    """What quantizes rows of K columns, with this tile or the planned one; without any, a program per row that reads
-    it twice."""
+def rows_kernel(form: Form, tile: Tile | None) -> tuple[Launcher, Tile | None]:
+    """What quantizes such rows, with this tile or the planned one; without any, a program per row that reads it
+    twice."""
     from .quantize_rows_triton import quantize_long_rows, quantize_rows
 
-    capability = capability_of(device)
-    tile = tile or plan(K, order, tables, itemsize, prologue, rank > 0, capability, find)
-    # an addition fused with the product before it would round once instead of twice
-    given = {"PROLOGUE": prologue, "RANGE": ranges, "ORDER": order, "RANK": rank, "enable_fp_fusion": False}
+    capability = capability_of(form.device)
+    tile = tile or next(iter(form.tiles()), None)
+    given = {
+        "PROLOGUE": form.prologue,
+        "RANGE": form.ranges,
+        "ORDER": form.order,
+        "RANK": form.rank,
+        # an addition fused with the product before it would round once instead of twice
+        "enable_fp_fusion": False,
+    }
     if tile is None:
         return launcher(quantize_long_rows, capability, **given, **LONG_CONSTANTS), None
-    options = tile.compiler_options(ranges, prologue, find, tables) if capability else {}
-    return launcher(quantize_rows, capability, FIND=find, **given, **tile.constants(K), **options), tile
+    options = tile.compiler_options(form.ranges, form.prologue, form.find, form.tables) if capability else {}
+    return launcher(quantize_rows, capability, FIND=form.find, **given, **tile.constants(form.K), **options), tile
 
 
 def for_all_rows(value: Tensor, M: int) -> Tensor:
