@@ -1,5 +1,6 @@
 """The Triton quantizer has the reference's bits: codes, scale and zero."""
 
+import emulated_card
 import pytest
 import torch
 from dit_quant.kernels.quantize_activation.reference import quantize_activation as reference
@@ -160,6 +161,7 @@ def test_a_wrong_block_is_named(device):
     assert refusal(device, K=64, hadamard=64) is None
 
 
+@pytest.mark.skipif(emulated_card.CARD > 0, reason="here the CPU is a card")
 def test_other_devices_are_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert refusal(torch.device("cpu"), K=64) == "no Triton kernels for cpu tensors"

@@ -1,0 +1,194 @@
+"""Loads, stores, and copies from global to shared memory behind a program's back (cp.async)."""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .machine import Action, Fault, Machine, translates, unknown
+from .operands import TYPES, address, listed, reader, writer
+from .program import Instruction, Program
+
+
+def element(instruction: Instruction) -> tuple[str, int]:
+    """Type and number of what an instruction moves."""
+    counts = [int(part[1:]) for part in instruction.parts if re.fullmatch(r"v[248]", part)]
+    return instruction.parts[-1], counts[0] if counts else 1
+
+
+@translates("ld")
+def load(instruction: Instruction, program: Program) -> Action:
+    kind, count = element(instruction)
+    space = instruction.parts[1]
+    if space == "param":
+        return _parameter(instruction, program)
+    size = np.dtype(TYPES[kind]).itemsize * count
+    where = address(instruction.operands[1], program)
+    # what does not run keeps its value, so that a vector is written one register after the other
+    writes = [writer(name, kind, program) for name in listed(instruction.operands[0])]
+    if space not in ("global", "shared"):
+        raise unknown(instruction)
+
+    def run(machine: Machine) -> None:
+        active = machine.active()
+        found = np.zeros((machine.threads, size), np.uint8)
+        if space == "global":
+            found[active] = machine.memory.load(where(machine)[active], size)
+        else:
+            found[active] = machine.shared.load(where(machine)[active], size, machine.warps[active])
+        values = found.view(TYPES[kind])
+        for i, write in enumerate(writes):
+            write(machine, np.ascontiguousarray(values[:, i]))
+
+    return run
+
+
+def _parameter(instruction: Instruction, program: Program) -> Action:
+    kind = instruction.parts[-1]
+    name = instruction.operands[1].strip("[] ")
+    write = writer(instruction.operands[0], kind, program)
+
+    def run(machine: Machine) -> None:
+        value = machine.parameters[name]
+        if kind.startswith("f"):
+            write(machine, np.array([value], TYPES[kind]))
+        else:
+            bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
+            size = np.dtype(TYPES[kind]).itemsize
+            write(machine, np.array([int(bits) & (256**size - 1)], f"uint{8 * size}").view(TYPES[kind]))
+
+    return run
+
+
+@translates("st")
+def store(instruction: Instruction, program: Program) -> Action:
+    kind, _ = element(instruction)
+    space = instruction.parts[1]
+    where = address(instruction.operands[0], program)
+    reads = [reader(name, kind, program) for name in listed(instruction.operands[1])]
+    if space not in ("global", "shared"):
+        raise unknown(instruction)
+
+    def run(machine: Machine) -> None:
+        active = machine.active()
+        values = [np.broadcast_to(read(machine), (machine.threads,)) for read in reads]
+        parts = np.stack(values, axis=1).view(np.uint8)[active]
+        if space == "global":
+            machine.memory.store(where(machine)[active], parts)
+        else:
+            machine.shared.store(where(machine)[active], parts, machine.warps[active])
+
+    return run
+
+
+@translates("ldmatrix")
+def load_matrix(instruction: Instruction, program: Program) -> Action:
+    """8 x 8 matrices of 16 bits: lane 8 i + r has the address of row r of matrix i. A lane receives the elements
+    2 (lane % 4) and + 1 of row lane // 4, transposed: of that column."""
+    count, transposed = (
+        int(instruction.parts[4 if "m8n8" in instruction.parts else 3][1:]),
+        "trans" in instruction.parts,
+    )
+    writes = [writer(name, "b32", program) for name in listed(instruction.operands[0])]
+    where = address(instruction.operands[1], program)
+
+    def run(machine: Machine) -> None:
+        whole_warps(machine, instruction)
+        lanes = machine.thread % 32 < 8 * count
+        rows = machine.shared.load(where(machine)[lanes], 16, machine.warps[lanes])
+        matrices = rows.view(np.uint16).reshape(-1, count, 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, 32)
+        for i, write in enumerate(writes):
+            write(machine, words[:, i].reshape(-1))
+
+    return run
+
+
+@translates("stmatrix")
+def store_matrix(instruction: Instruction, program: Program) -> Action:
+    """The reverse of ldmatrix."""
+    count, transposed = int(instruction.parts[4][1:]), "trans" in instruction.parts
+    where = address(instruction.operands[0], program)
+    reads = [reader(name, "b32", program) for name in listed(instruction.operands[1])]
+
+    def run(machine: Machine) -> None:
+        whole_warps(machine, instruction)
+        words = np.stack([np.broadcast_to(read(machine), (machine.threads,)) for read in reads])
+        matrices = np.ascontiguousarray(words.reshape(count, -1, 32).swapaxes(0, 1)).view(np.uint16)
+        matrices = matrices.reshape(-1, count, 8, 8)
+        if transposed:
+            matrices = matrices.swapaxes(2, 3)
+        lanes = machine.thread % 32 < 8 * count
+        rows = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
+        machine.shared.store(where(machine)[lanes], rows, machine.warps[lanes])
+
+    return run
+
+
+def whole_warps(machine: Machine, instruction: Instruction) -> None:
+    active = machine.active().reshape(-1, 32)
+    if (active.any(axis=1) != active.all(axis=1)).any():
+        raise Fault("threads of a warp are missing")
+    if machine.mask is not None:
+        raise Fault(f"{instruction.name} of some warps only is not known here")
+
+
+@dataclass
+class Copies:
+    """Groups of copies that a program has started; the last one is not yet closed."""
+
+    groups: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = field(default_factory=lambda: [[]])
+
+
+@translates("cp.async")
+def copy(instruction: Instruction, program: Program) -> Action:
+    """The copy engine's instructions (cp.async.bulk) stand in engine.py."""
+    if instruction.parts[2] == "commit_group":
+        return _close_group
+    if instruction.parts[2] == "wait_group":
+        left = int(instruction.operands[0])
+        return lambda machine: _wait(machine, left)
+    target, source = (address(operand, program) for operand in instruction.operands[:2])
+    size = int(instruction.operands[2], 0)
+    given = len(instruction.operands) > 3
+    read_size = reader(instruction.operands[3], "u32", program) if given else None
+
+    def run(machine: Machine) -> None:
+        active = machine.active()
+        warps = machine.warps[active][:, None]
+        sizes = np.full(machine.threads, size, np.uint32) if read_size is None else read_size(machine)
+        sizes = np.broadcast_to(sizes, (machine.threads,))[active]
+        if not np.isin(sizes, (0, size)).all():
+            raise Fault("a copy of a part of its size is not known here")
+        values = np.zeros((len(sizes), size), np.uint8)
+        some = sizes == size
+        values[some] = machine.memory.load(source(machine)[active][some], size)
+        places = machine.shared.offsets(target(machine)[active], size)
+        machine.shared.begin_copy(places, warps)
+        _copies(machine).groups[-1].append((places, values, warps))
+
+    return run
+
+
+def _copies(machine: Machine) -> Copies:
+    return machine.queues.setdefault("copies", Copies())
+
+
+def _close_group(machine: Machine) -> None:
+    if machine.mask is not None:
+        raise Fault("groups of copies that differ between threads are not known here")
+    _copies(machine).groups.append([])
+
+
+def _wait(machine: Machine, left: int) -> None:
+    """All groups but the last `left` land now: no sooner than they must."""
+    if machine.mask is not None:
+        raise Fault("groups of copies that differ between threads are not known here")
+    copies = _copies(machine)
+    done = max(0, len(copies.groups) - 1 - left)
+    for group in copies.groups[:done]:
+        for places, values, warps in group:
+            machine.shared.end_copy(places, values, warps, by_engine=False)
+    del copies.groups[:done]

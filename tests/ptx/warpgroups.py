@@ -1,0 +1,135 @@
+"""Products of warp groups (wgmma), which read shared memory while the threads go on."""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .engine import swizzled
+from .machine import WARP, Action, Fault, Machine, translates, unknown
+from .memory import SHARED_BASE, unchanged
+from .operands import listed, reader
+from .program import Instruction, Program
+from .warps import GROUP, PLACE, bytes_of, left_operand, multiply
+
+WARPGROUP = 128
+# bytes of a row within which 16 bytes change places, by the number that a descriptor has for it
+SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
+
+
+@dataclass
+class Products:
+    """Groups of products that were started, and the sums that they will leave: accumulator -> values."""
+
+    groups: list[list] = field(default_factory=lambda: [[]])
+    sums: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+
+def described(descriptor: int, rows: int) -> np.ndarray:
+    """Addresses [rows, 32] of an operand whose rows lie along k."""
+    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    span = SPANS[descriptor >> 62 & 3]
+    if span == 0 or descriptor >> 49 & 7:
+        raise Fault("a matrix without swizzling, or with an offset, is not known here")
+    row = np.arange(rows)[:, None]
+    return swizzled(start + row // 8 * stride + row % 8 * span + np.arange(32), span)
+
+
+@translates("wgmma")
+def group_product(instruction: Instruction, program: Program) -> Action:
+    what = instruction.parts[1]
+    if what == "fence":
+        return lambda machine: None
+    if what == "commit_group":
+        return lambda machine: _products(machine).groups.append([])
+    if what == "wait_group":
+        left = int(instruction.operands[0])
+        return lambda machine: _finish_products(machine, left)
+    shape = re.fullmatch(r"m64n(\d+)k32", instruction.parts[4])
+    if what != "mma_async" or shape is None or instruction.parts[5:] != ("s32", "s8", "s8"):
+        raise unknown(instruction)
+    columns = int(shape[1])
+    accumulator = tuple(listed(instruction.operands[0]))
+    in_registers = instruction.operands[1].startswith("{")
+    kind = "s32" if in_registers else "b64"
+    left = [reader(name, kind, program) for name in listed(instruction.operands[1])]
+    right, adds = reader(instruction.operands[2], "b64", program), reader(instruction.operands[3], "pred", program)
+    before = [reader(name, "s32", program) for name in accumulator]
+
+    def run(machine: Machine) -> None:
+        if machine.mask is not None:
+            raise Fault("products of some warps only are not known here")
+        products, groups = _products(machine), machine.threads // WARPGROUP
+        if in_registers:
+            a = left_operand(bytes_of([read(machine) for read in left], machine.threads)).reshape(groups, 64, 32)
+        else:
+            a = np.stack([_operand(machine, left[0], g, 64) for g in range(groups)])
+        b = np.stack([_operand(machine, right, g, columns) for g in range(groups)])
+        found = multiply(a, b.swapaxes(1, 2))
+        if np.broadcast_to(adds(machine), (machine.threads,)).all():
+            if accumulator in products.sums:
+                found = found + products.sums[accumulator]
+            else:
+                found = found + gathered([read(machine) for read in before], machine.threads, columns)
+        products.sums[accumulator] = found
+        for name in accumulator:
+            machine.registers.pop(name, None)
+        machine.busy.update(accumulator)
+        products.groups[-1].append(accumulator)
+
+    return run
+
+
+def _products(machine: Machine) -> Products:
+    return machine.queues.setdefault("products", Products())
+
+
+def _operand(machine: Machine, descriptor, group: int, rows: int) -> np.ndarray:
+    """int8 [rows, 32] in shared memory, which has to stay until the product is waited for."""
+    values = np.broadcast_to(descriptor(machine), (machine.threads,))[group * WARPGROUP : (group + 1) * WARPGROUP]
+    if (values != values[0]).any():
+        raise Fault("threads of a warp group describe different matrices")
+    places = described(int(values[0]), rows) - SHARED_BASE
+    if places.max() >= len(machine.shared.data) or places.min() < 0:
+        raise Fault("a product reads outside of shared memory")
+    found = machine.shared.peek(places)
+    _products(machine).groups[-1].append((places, found))
+    return found.view(np.int8)
+
+
+def gathered(registers: list[np.ndarray], threads: int, columns: int) -> np.ndarray:
+    """Accumulators per thread -> [groups, 64, columns]: registers 4 j + i hold row lane // 4 + 8 (i // 2) of the warp's
+    16, column 8 j + 2 (lane % 4) + i % 2."""
+    found = np.empty((threads // WARP, 16, columns), np.int32)
+    for n, register in enumerate(registers):
+        j, i = divmod(n, 4)
+        values = np.broadcast_to(register, (threads,)).reshape(-1, WARP)
+        found[:, GROUP + 8 * (i // 2), 8 * j + 2 * PLACE + i % 2] = values
+    return found.reshape(-1, 64, columns)
+
+
+def _finish_products(machine: Machine, left: int) -> None:
+    products = _products(machine)
+    done = max(0, len(products.groups) - 1 - left)
+    accumulators = []
+    for group in products.groups[:done]:
+        for entry in group:
+            if isinstance(entry[0], str):
+                accumulators.append(entry)
+            else:
+                places, values = entry
+                unchanged(lambda places=places: machine.shared.data[places], values, "a product")
+    del products.groups[:done]
+    busy = {entry for group in products.groups for entry in group if isinstance(entry[0], str)}
+    for accumulator in dict.fromkeys(accumulators):
+        if accumulator not in busy:
+            _leave(machine, accumulator, products.sums.pop(accumulator))
+
+
+def _leave(machine: Machine, accumulator: tuple[str, ...], found: np.ndarray) -> None:
+    machine.busy.difference_update(accumulator)
+    warps = found.reshape(machine.threads // WARP, 16, -1)
+    for n, name in enumerate(accumulator):
+        j, i = divmod(n, 4)
+        values = warps[:, GROUP + 8 * (i // 2), 8 * j + 2 * PLACE + i % 2]
+        machine.write(name, np.ascontiguousarray(values).reshape(-1).view(np.uint32))
