@@ -4,6 +4,7 @@ Tensor memory has 128 lanes of 512 columns of 32 bits; an address is the lane ti
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,15 +21,22 @@ SPANS = {2: 128, 4: 64, 6: 32}
 SIGNED, INT32 = 1, 2
 
 
+@dataclass(eq=False)
+class Pending:
+    """A product that was not waited for: columns that it writes, and what it reads with the values that it found."""
+
+    columns: np.ndarray
+    reads: list[tuple[Callable[[], np.ndarray], np.ndarray]]
+
+
 @dataclass
 class TensorMemory:
-    """words: what it holds; known: what was written; pending: products that were not waited for: columns that they
-    write, and checks that what they read did not change."""
+    """words: what it holds; known: what was written; allocated: columns."""
 
     words: np.ndarray = field(default_factory=lambda: np.zeros((LANES, COLUMNS), np.uint32))
     known: np.ndarray = field(default_factory=lambda: np.zeros((LANES, COLUMNS), bool))
     allocated: int = 0
-    pending: list = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
 
 
 def memory_of(machine: Machine) -> TensorMemory:
@@ -103,8 +111,8 @@ def _move(instruction: Instruction, program: Program) -> Action:
             raise Fault(
                 f"column {int(columns[active].max())} of tensor memory, of which {memory.allocated} are allocated"
             )
-        for target, _ in memory.pending:
-            if np.isin(columns[active], target).any():
+        for pending in memory.pending:
+            if np.isin(columns[active], pending.columns).any():
                 raise Fault("tensor memory is touched while a product writes to it")
         if loads:
             if not memory.known[lane[active, None], columns[active]].all():
@@ -155,7 +163,7 @@ def _product(instruction: Instruction, program: Program) -> Action:
             found = found + memory.words[lanes[:, None], columns].view(np.int32)
         memory.words[lanes[:, None], columns] = found.view(np.uint32)
         memory.known[lanes[:, None], columns] = True
-        memory.pending.append((columns, checks))
+        memory.pending.append(Pending(columns, checks))
 
     return run
 
@@ -195,10 +203,11 @@ def _commit(instruction: Instruction, program: Program) -> Action:
         mine = list(memory.pending)
 
         def arrive() -> None:
-            for product in mine:
-                for read, before in product[1]:
+            # those of earlier commits may be done
+            for done in [product for product in mine if product in memory.pending]:
+                memory.pending.remove(done)
+                for read, before in done.reads:
                     unchanged(read, before, "a product")
-            memory.pending = [product for product in memory.pending if all(product is not done for done in mine)]
             known.arrivals -= 1
 
         known.copies.append(arrive)
