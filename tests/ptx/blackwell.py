@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .engine import MemoryBarrier, barrier_at, chosen, swizzled
+from .engine import MemoryBarrier, barrier_at, chosen, described
 from .machine import WARP, Action, Fault, Machine, translates, unknown
-from .memory import SHARED_BASE, unchanged
+from .memory import unchanged
 from .operands import address, listed, reader, writer
 from .program import Instruction, Program
 from .warps import multiply
@@ -177,14 +177,7 @@ def _shape(kind: int) -> tuple[int, int]:
 
 def _described(machine: Machine, descriptor: int, rows: int, checks: list) -> np.ndarray:
     """int8 [rows, 32] in shared memory, rows along k."""
-    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    span = SPANS.get(descriptor >> 61 & 7)
-    if span is None or descriptor >> 49 & 7:
-        raise Fault("a matrix without swizzling, or with an offset, is not known here")
-    row = np.arange(rows)[:, None]
-    places = swizzled(start + row // 8 * stride + row % 8 * span + np.arange(32), span) - SHARED_BASE
-    if places.min() < 0 or places.max() >= len(machine.shared.data):
-        raise Fault("a product reads outside of shared memory")
+    places = described(machine, descriptor, rows, SPANS.get(descriptor >> 61 & 7))
     found = machine.shared.peek(places)
     checks.append((lambda: machine.shared.data[places], found))
     return found.view(np.int8)

@@ -42,6 +42,18 @@ def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
     return addresses ^ (((addresses >> 7) & rows) << 4)
 
 
+def described(machine: Machine, descriptor: int, rows: int, span: int | None) -> np.ndarray:
+    """Where in shared memory the bytes of a product's operand [rows, 32] are, whose rows lie along k."""
+    if not span or descriptor >> 49 & 7:
+        raise Fault("a matrix without swizzling, or with an offset, is not known here")
+    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    row = np.arange(rows)[:, None]
+    places = swizzled(start + row // 8 * stride + row % 8 * span + np.arange(32), span) - SHARED_BASE
+    if places.min() < 0 or places.max() >= len(machine.shared.data):
+        raise Fault("a product reads outside of shared memory")
+    return places
+
+
 @dataclass
 class MemoryBarrier:
     """arrivals: still wanted in this phase; missing: bytes; copies: of the engine, under way."""
@@ -141,7 +153,7 @@ def land(machine: Machine, known: MemoryBarrier) -> None:
 def tensor_map(machine: Machine, value: int) -> TensorMap:
     number, rest = divmod(value - PARAMETERS, APART)
     known = machine.program.parameters
-    found = machine.parameters[known[number].name] if rest == 0 and 0 <= number < len(known) else None
+    found = machine.parameters[known[number]] if rest == 0 and 0 <= number < len(known) else None
     if not isinstance(found, TensorMap):
         raise Fault("the copy engine is given something that is no tensor map")
     return found
@@ -154,9 +166,13 @@ def bulk(instruction: Instruction, program: Program) -> Action:
         return lambda machine: None
     if parts[3] == "wait_group":
         return _finish_stores
-    if parts[3:] == ("tensor", "2d", "shared__cta", "global", "mbarrier__complete_tx__bytes"):
+    if parts[3:5] != ("tensor", "2d"):
+        raise unknown(instruction)
+    # without clusters they are the same
+    shared = parts[5] if parts[5] != "shared__cluster" else "shared__cta"
+    if (shared, *parts[6:]) == ("shared__cta", "global", "mbarrier__complete_tx__bytes"):
         return _load_block(instruction, program)
-    if parts[3:] == ("tensor", "2d", "global", "shared__cta", "bulk_group"):
+    if parts[5:] == ("global", "shared__cta", "bulk_group"):
         return _store_block(instruction, program)
     raise unknown(instruction)
 
@@ -193,7 +209,7 @@ def _load(machine: Machine, warp: int, name: int, x: int, y: int, start: int, ba
     known = barrier_at(machine, barrier)
 
     def arrive() -> None:
-        machine.shared.end_copy(places, values, EVERYBODY, by_engine=True)
+        machine.shared.end_copy(places, values, EVERYBODY)
         known.missing -= values.size
 
     known.copies.append(arrive)

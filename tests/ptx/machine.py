@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +12,9 @@ from .program import Instruction, Program
 
 WIDTHS = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool_}
 WARP = 32
-Mask = np.ndarray | None
 Action = Callable[["Machine"], None]
 # the first parts of a name -> instruction and program -> what it does
-TRANSLATORS: dict[str, Callable[["Instruction", "Program"], Action]] = {}
+TRANSLATORS: dict[str, Callable[[Instruction, Program], Action]] = {}
 
 
 def translates(*opcodes: str):
@@ -39,11 +39,11 @@ class Machine:
     position: tuple[int, int, int]
     grid: tuple[int, int, int]
     registers: dict[str, np.ndarray] = field(default_factory=dict)
-    mask: Mask = None
+    mask: np.ndarray | None = None
     # what products write that were not waited for
     busy: set[str] = field(default_factory=set)
     # what asynchronous instructions keep, by their kind
-    queues: dict[str, object] = field(default_factory=dict)
+    queues: dict[str, Any] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
@@ -55,6 +55,16 @@ class Machine:
 
     def active(self) -> np.ndarray:
         return np.ones(self.threads, bool) if self.mask is None else self.mask
+
+    def whole_warps(self) -> None:
+        """For what a warp does together."""
+        if not _complete(self.active(), "warp"):
+            raise Fault("threads of a warp are missing")
+
+    def all_threads(self) -> None:
+        """For what is written here for all threads at once."""
+        if self.mask is not None:
+            raise Fault("only some threads do it, which is not known here")
 
     def value(self, register: str) -> np.ndarray:
         found = self.registers.get(register)

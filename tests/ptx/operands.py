@@ -19,6 +19,8 @@ TYPES = {
 }
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F]+|\d+)U?$")
 FLOAT = re.compile(r"0f([0-9a-fA-F]{8})$")
+# parameters have addresses of 32 bits, far from all others
+PARAMETERS, APART = 1 << 30, 4096
 Read = Callable[[Machine], np.ndarray]
 
 
@@ -40,9 +42,8 @@ def reader(operand: str, kind: str, program: Program) -> Read:
         return lambda machine: value
     if special := SPECIAL.get(operand):
         return lambda machine: special(machine).view(wanted)
-    names = [parameter.name for parameter in program.parameters]
-    if operand == "global_smem" or operand in names:
-        place = SHARED_BASE if operand == "global_smem" else address_of(names.index(operand))
+    if operand == "global_smem" or operand in program.parameters:
+        place = SHARED_BASE if operand == "global_smem" else PARAMETERS + APART * program.parameters.index(operand)
         start = _bits(place, np.dtype(wanted).itemsize).view(wanted)
         return lambda machine: start
     width = np.dtype(WIDTHS[program.kind_of(operand)]).itemsize
@@ -72,7 +73,7 @@ def writer(operand: str, kind: str, program: Program) -> Callable[[Machine, np.n
     return write
 
 
-def address(operand: str, program: Program) -> Callable[[Machine], np.ndarray]:
+def address(operand: str, program: Program) -> Read:
     """Of "[register + offset]": one per thread, int64."""
     base, _, offset = operand.strip("[] ").partition("+")
     base, more = base.strip(), int(offset or "0", 0)
@@ -80,15 +81,7 @@ def address(operand: str, program: Program) -> Callable[[Machine], np.ndarray]:
     return lambda machine: np.broadcast_to(read(machine).astype(np.int64) + more, (machine.threads,))
 
 
-# parameters have addresses of 32 bits, far from all others
-PARAMETERS, APART = 1 << 30, 4096
-
-
-def address_of(parameter: int) -> int:
-    return PARAMETERS + APART * parameter
-
-
-SPECIAL: dict[str, Callable[[Machine], np.ndarray]] = {
+SPECIAL: dict[str, Read] = {
     "%tid.x": lambda machine: machine.thread,
     "%laneid": lambda machine: machine.thread % np.uint32(WARP),
     "%ntid.x": lambda machine: np.array([machine.threads], np.uint32),

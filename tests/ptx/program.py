@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 LABEL = re.compile(r"([\w$]+):(?!:)")
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\((.*?)\)(.*?)\{", re.DOTALL)
-PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
-)
+PARAMETER = re.compile(r"\b\w+_param_\d+\b")
 GUARD = re.compile(r"@(!?)(%?\w+)\s+")
 
 
@@ -27,21 +25,12 @@ class Instruction:
         return ".".join(self.parts)
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """kind: PTX type; size in bytes."""
-
-    name: str
-    kind: str
-    size: int
-
-
 @dataclass
 class Program:
     """registers: name -> "pred", "b16", "b32" or "b64"; labels: name -> position of the next instruction."""
 
     name: str
-    parameters: list[Parameter]
+    parameters: list[str]
     threads: int
     registers: dict[str, str] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
@@ -59,13 +48,10 @@ def parse(ptx: str) -> Program:
     if len(entries) != 1:
         raise ValueError(f"{len(entries)} kernels in one module of PTX; one was expected")
     (entry,) = entries
-    parameters = []
-    for kind, name, count in PARAMETER.findall(entry[2]):
-        parameters.append(Parameter(name, kind, int(count or 1) * int(re.sub(r"\D", "", kind)) // 8))
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", entry[3])
     if threads is None:
         raise ValueError(f"{entry[1]}: no number of threads")
-    program = Program(entry[1], parameters, int(threads[1]))
+    program = Program(entry[1], PARAMETER.findall(entry[2]), int(threads[1]))
     _body(text, entry.end(), program)
     return program
 

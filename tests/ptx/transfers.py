@@ -24,7 +24,6 @@ def load(instruction: Instruction, program: Program) -> Action:
         return _parameter(instruction, program)
     size = np.dtype(TYPES[kind]).itemsize * count
     where = address(instruction.operands[1], program)
-    # what does not run keeps its value, so that a vector is written one register after the other
     writes = [writer(name, kind, program) for name in listed(instruction.operands[0])]
     if space not in ("global", "shared"):
         raise unknown(instruction)
@@ -85,15 +84,12 @@ def store(instruction: Instruction, program: Program) -> Action:
 def load_matrix(instruction: Instruction, program: Program) -> Action:
     """8 x 8 matrices of 16 bits: lane 8 i + r has the address of row r of matrix i. A lane receives the elements
     2 (lane % 4) and + 1 of row lane // 4, transposed: of that column."""
-    count, transposed = (
-        int(instruction.parts[4 if "m8n8" in instruction.parts else 3][1:]),
-        "trans" in instruction.parts,
-    )
+    count, transposed = int(instruction.parts[4][1:]), "trans" in instruction.parts
     writes = [writer(name, "b32", program) for name in listed(instruction.operands[0])]
     where = address(instruction.operands[1], program)
 
     def run(machine: Machine) -> None:
-        whole_warps(machine, instruction)
+        machine.all_threads()
         lanes = machine.thread % 32 < 8 * count
         rows = machine.shared.load(where(machine)[lanes], 16, machine.warps[lanes])
         matrices = rows.view(np.uint16).reshape(-1, count, 8, 8)
@@ -114,7 +110,7 @@ def store_matrix(instruction: Instruction, program: Program) -> Action:
     reads = [reader(name, "b32", program) for name in listed(instruction.operands[1])]
 
     def run(machine: Machine) -> None:
-        whole_warps(machine, instruction)
+        machine.all_threads()
         words = np.stack([np.broadcast_to(read(machine), (machine.threads,)) for read in reads])
         matrices = np.ascontiguousarray(words.reshape(count, -1, 32).swapaxes(0, 1)).view(np.uint16)
         matrices = matrices.reshape(-1, count, 8, 8)
@@ -125,14 +121,6 @@ def store_matrix(instruction: Instruction, program: Program) -> Action:
         machine.shared.store(where(machine)[lanes], rows, machine.warps[lanes])
 
     return run
-
-
-def whole_warps(machine: Machine, instruction: Instruction) -> None:
-    active = machine.active().reshape(-1, 32)
-    if (active.any(axis=1) != active.all(axis=1)).any():
-        raise Fault("threads of a warp are missing")
-    if machine.mask is not None:
-        raise Fault(f"{instruction.name} of some warps only is not known here")
 
 
 @dataclass
@@ -177,18 +165,16 @@ def _copies(machine: Machine) -> Copies:
 
 
 def _close_group(machine: Machine) -> None:
-    if machine.mask is not None:
-        raise Fault("groups of copies that differ between threads are not known here")
+    machine.all_threads()
     _copies(machine).groups.append([])
 
 
 def _wait(machine: Machine, left: int) -> None:
     """All groups but the last `left` land now: no sooner than they must."""
-    if machine.mask is not None:
-        raise Fault("groups of copies that differ between threads are not known here")
+    machine.all_threads()
     copies = _copies(machine)
     done = max(0, len(copies.groups) - 1 - left)
     for group in copies.groups[:done]:
         for places, values, warps in group:
-            machine.shared.end_copy(places, values, warps, by_engine=False)
+            machine.shared.end_copy(places, values, warps)
     del copies.groups[:done]

@@ -5,34 +5,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .engine import swizzled
+from .engine import described
 from .machine import WARP, Action, Fault, Machine, translates, unknown
-from .memory import SHARED_BASE, unchanged
-from .operands import listed, reader
+from .memory import unchanged
+from .operands import Read, listed, reader
 from .program import Instruction, Program
 from .warps import GROUP, PLACE, bytes_of, left_operand, multiply
 
 WARPGROUP = 128
 # bytes of a row within which 16 bytes change places, by the number that a descriptor has for it
-SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
+SPANS = {1: 128, 2: 64, 3: 32}
+
+
+@dataclass
+class Group:
+    """Products that are waited for together: the registers that they add to, and where they read what."""
+
+    accumulators: list[tuple[str, ...]] = field(default_factory=list)
+    reads: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass
 class Products:
-    """Groups of products that were started, and the sums that they will leave: accumulator -> values."""
+    """Groups that were started, the last one not yet closed, and the sums that they will leave."""
 
-    groups: list[list] = field(default_factory=lambda: [[]])
+    groups: list[Group] = field(default_factory=lambda: [Group()])
     sums: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
-
-
-def described(descriptor: int, rows: int) -> np.ndarray:
-    """Addresses [rows, 32] of an operand whose rows lie along k."""
-    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    span = SPANS[descriptor >> 62 & 3]
-    if span == 0 or descriptor >> 49 & 7:
-        raise Fault("a matrix without swizzling, or with an offset, is not known here")
-    row = np.arange(rows)[:, None]
-    return swizzled(start + row // 8 * stride + row % 8 * span + np.arange(32), span)
 
 
 @translates("wgmma")
@@ -41,7 +39,7 @@ def group_product(instruction: Instruction, program: Program) -> Action:
     if what == "fence":
         return lambda machine: None
     if what == "commit_group":
-        return lambda machine: _products(machine).groups.append([])
+        return lambda machine: _products(machine).groups.append(Group())
     if what == "wait_group":
         left = int(instruction.operands[0])
         return lambda machine: _finish_products(machine, left)
@@ -57,8 +55,7 @@ def group_product(instruction: Instruction, program: Program) -> Action:
     before = [reader(name, "s32", program) for name in accumulator]
 
     def run(machine: Machine) -> None:
-        if machine.mask is not None:
-            raise Fault("products of some warps only are not known here")
+        machine.all_threads()
         products, groups = _products(machine), machine.threads // WARPGROUP
         if in_registers:
             a = left_operand(bytes_of([read(machine) for read in left], machine.threads)).reshape(groups, 64, 32)
@@ -75,7 +72,7 @@ def group_product(instruction: Instruction, program: Program) -> Action:
         for name in accumulator:
             machine.registers.pop(name, None)
         machine.busy.update(accumulator)
-        products.groups[-1].append(accumulator)
+        products.groups[-1].accumulators.append(accumulator)
 
     return run
 
@@ -84,16 +81,15 @@ def _products(machine: Machine) -> Products:
     return machine.queues.setdefault("products", Products())
 
 
-def _operand(machine: Machine, descriptor, group: int, rows: int) -> np.ndarray:
+def _operand(machine: Machine, read: Read, group: int, rows: int) -> np.ndarray:
     """int8 [rows, 32] in shared memory, which has to stay until the product is waited for."""
-    values = np.broadcast_to(descriptor(machine), (machine.threads,))[group * WARPGROUP : (group + 1) * WARPGROUP]
+    values = np.broadcast_to(read(machine), (machine.threads,))[group * WARPGROUP : (group + 1) * WARPGROUP]
     if (values != values[0]).any():
         raise Fault("threads of a warp group describe different matrices")
-    places = described(int(values[0]), rows) - SHARED_BASE
-    if places.max() >= len(machine.shared.data) or places.min() < 0:
-        raise Fault("a product reads outside of shared memory")
+    descriptor = int(values[0])
+    places = described(machine, descriptor, rows, SPANS.get(descriptor >> 62 & 3))
     found = machine.shared.peek(places)
-    _products(machine).groups[-1].append((places, found))
+    _products(machine).groups[-1].reads.append((places, found))
     return found.view(np.int8)
 
 
@@ -110,20 +106,13 @@ def gathered(registers: list[np.ndarray], threads: int, columns: int) -> np.ndar
 
 def _finish_products(machine: Machine, left: int) -> None:
     products = _products(machine)
-    done = max(0, len(products.groups) - 1 - left)
-    accumulators = []
-    for group in products.groups[:done]:
-        for entry in group:
-            if isinstance(entry[0], str):
-                accumulators.append(entry)
-            else:
-                places, values = entry
-                unchanged(lambda places=places: machine.shared.data[places], values, "a product")
-    del products.groups[:done]
-    busy = {entry for group in products.groups for entry in group if isinstance(entry[0], str)}
-    for accumulator in dict.fromkeys(accumulators):
-        if accumulator not in busy:
-            _leave(machine, accumulator, products.sums.pop(accumulator))
+    done = products.groups[: max(0, len(products.groups) - 1 - left)]
+    del products.groups[: len(done)]
+    for places, values in [read for group in done for read in group.reads]:
+        unchanged(lambda places=places: machine.shared.data[places], values, "a product")
+    still = {accumulator for group in products.groups for accumulator in group.accumulators}
+    for accumulator in {name for group in done for name in group.accumulators} - still:
+        _leave(machine, accumulator, products.sums.pop(accumulator))
 
 
 def _leave(machine: Machine, accumulator: tuple[str, ...], found: np.ndarray) -> None:

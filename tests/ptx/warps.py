@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from .machine import WARP, Action, Fault, Machine, translates, unknown
+from .machine import WARP, Action, Machine, translates, unknown
 from .operands import listed, reader, writer
 from .program import Instruction, Program
-from .transfers import whole_warps
 
 GROUP, PLACE = np.arange(WARP) // 4, np.arange(WARP) % 4
 BYTES = np.arange(4)
@@ -22,7 +21,7 @@ def shuffle(instruction: Instruction, program: Program) -> Action:
     write = writer(instruction.operands[0], kind, program)
 
     def run(machine: Machine) -> None:
-        _whole(machine)
+        machine.whole_warps()
         value = np.broadcast_to(read(machine), (machine.threads,))
         other = np.broadcast_to(lane(machine), (machine.threads,)) % WARP
         own = machine.thread % WARP
@@ -30,12 +29,6 @@ def shuffle(instruction: Instruction, program: Program) -> Action:
         write(machine, value[source])
 
     return run
-
-
-def _whole(machine: Machine) -> None:
-    active = machine.active().reshape(-1, WARP)
-    if (active.any(axis=1) != active.all(axis=1)).any():
-        raise Fault("threads of a warp are missing")
 
 
 @translates("redux")
@@ -48,7 +41,7 @@ def reduction(instruction: Instruction, program: Program) -> Action:
     write = writer(instruction.operands[0], kind, program)
 
     def run(machine: Machine) -> None:
-        _whole(machine)
+        machine.whole_warps()
         value = np.broadcast_to(read(machine), (machine.threads,)).reshape(-1, WARP)
         write(machine, np.repeat(f[instruction.parts[2]].reduce(value, axis=1), WARP))
 
@@ -62,7 +55,7 @@ def election(instruction: Instruction, program: Program) -> Action:
     write, write_elected = writer(name, "u32", program), writer(elected, "pred", program)
 
     def run(machine: Machine) -> None:
-        _whole(machine)
+        machine.whole_warps()
         write(machine, np.zeros(1, np.uint32))
         write_elected(machine, machine.thread % WARP == 0)
 
@@ -98,7 +91,7 @@ def matrix_product(instruction: Instruction, program: Program) -> Action:
     a, b, c = ([reader(name, "s32", program) for name in listed(names)] for names in instruction.operands[1:])
 
     def run(machine: Machine) -> None:
-        whole_warps(machine, instruction)
+        machine.all_threads()
         left = left_operand(bytes_of([read(machine) for read in a], machine.threads))
         parts = bytes_of([read(machine) for read in b], machine.threads)
         right = np.empty((len(parts), 32, 8), np.int8)
