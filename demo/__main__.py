@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..kernels.native.library import amx_refusal
+from ..kernels.native.library import AMX_FLAGS, amx_refusal, cpu_flags, unsupported
 from ..quant_core.calibration import Calibration
 from ..quant_core.files import read_header
 from ..quant_core.metrics import psnr_db, relative_l2
@@ -240,11 +240,17 @@ def machine() -> dict:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "cpu": cpu_name() + (" with AMX" if amx_refusal() is None else ""),
+        "cpu": cpu_name() + amx(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": "cpu",
     }
+
+
+def amx() -> str:
+    if amx_refusal() is None:
+        return " with AMX"
+    return ", its AMX switched off" if unsupported() is None and cpu_flags().issuperset(AMX_FLAGS) else ""
 
 
 def cpu_name() -> str:

@@ -203,6 +203,9 @@ def amx_refusal() -> str | None:
     missing = [flag for flag in AMX_FLAGS if flag not in cpu_flags()]
     if missing:
         return f"this CPU has no {', '.join(missing)}"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if "AMX" not in limit and limit not in ("", "ALL", "DEFAULT"):
+        return f"ONEDNN_MAX_CPU_ISA={limit} switches it off, for torch too"
     refused = ctypes.CDLL(None, use_errno=True).syscall(*ASK_FOR_AMX)
     return f"Linux refuses the registers of AMX: {os.strerror(ctypes.get_errno())}" if refused else None
 

@@ -155,6 +155,18 @@ def test_why_amx_is_not_used(monkeypatch, flag):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
+@pytest.mark.parametrize(
+    ("limit", "refused"),
+    [("AVX512_CORE_BF16", True), ("avx512_core_vnni", True), ("AVX512_CORE_AMX", False), ("ALL", False), ("", False)],
+)
+def test_what_switches_amx_off_for_torch_does_so_here(monkeypatch, limit, refused):
+    monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS})
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert (f"ONEDNN_MAX_CPU_ISA={limit.upper()}" in (library.amx_refusal() or "")) == refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
 def test_registers_that_linux_refuses_are_not_used(monkeypatch):
     monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS})
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
