@@ -3,13 +3,12 @@
 Tensor memory has 128 lanes of 512 columns of 32 bits; an address is the lane times 2**16 plus the column.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .engine import MemoryBarrier, barrier_at, chosen, described
+from .engine import barrier_at, chosen, described
 from .machine import WARP, Action, Fault, Machine, translates, unknown
 from .memory import unchanged
 from .operands import address, listed, reader, writer
@@ -130,8 +129,9 @@ def _move(instruction: Instruction, program: Program) -> Action:
 def _product(instruction: Instruction, program: Program) -> Action:
     """D [M, N] += A [M, 32] B [N, 32].T; A in tensor memory or, as B, described. By one thread."""
     target = address(instruction.operands[0], program)
-    in_memory = instruction.operands[1].startswith("[")
-    left = (address if in_memory else lambda name, known: reader(name, "b64", known))(instruction.operands[1], program)
+    source = instruction.operands[1]
+    in_memory = source.startswith("[")
+    left = address(source, program) if in_memory else reader(source, "b64", program)
     right = reader(instruction.operands[2], "b64", program)
     kinds, adds = reader(instruction.operands[3], "u32", program), reader(instruction.operands[4], "pred", program)
 
@@ -185,14 +185,14 @@ def _described(machine: Machine, descriptor: int, rows: int, checks: list) -> np
 
 def _commit(instruction: Instruction, program: Program) -> Action:
     """The barrier is arrived at when all products before are done: when it is waited for, no sooner."""
-    if not re.search(r"arrive__one", instruction.name):
+    if "arrive__one" not in instruction.name:
         raise unknown(instruction)
     where = address(instruction.operands[0], program)
 
     def run(machine: Machine) -> None:
         memory = memory_of(machine)
         (place,) = chosen(machine, where(machine))
-        known: MemoryBarrier = barrier_at(machine, place)
+        known = barrier_at(machine, place)
         mine = list(memory.pending)
 
         def arrive() -> None:

@@ -1,6 +1,7 @@
 """A driver of Triton whose card is machine.py."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from .program import Program, parse
 
 # handle -> PTX, as Triton loaded it
 KERNELS: dict[int, str] = {}
-PROGRAMS: dict[str, Program] = {}
+
+
+@lru_cache(maxsize=32)
+def read(ptx: str) -> Program:
+    return parse(ptx)
 
 
 class Running:
@@ -24,8 +29,7 @@ class Running:
     def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *given: Any) -> None:
         # packed metadata, launch metadata and two hooks come before the operands
         operands = flat(given[4:], self.source.signature.values())
-        text = KERNELS[function]
-        program = PROGRAMS.setdefault(text, parse(text))
+        program = read(KERNELS[function])
         buffers, values = [], []
         maps = iter(getattr(self.metadata, "tensordesc_meta", None) or [])
         for operand in operands:

@@ -168,9 +168,8 @@ def bulk(instruction: Instruction, program: Program) -> Action:
         return _finish_stores
     if parts[3:5] != ("tensor", "2d"):
         raise unknown(instruction)
-    # without clusters they are the same
-    shared = parts[5] if parts[5] != "shared__cluster" else "shared__cta"
-    if (shared, *parts[6:]) == ("shared__cta", "global", "mbarrier__complete_tx__bytes"):
+    # without clusters both spaces are the same
+    if parts[5] in ("shared__cta", "shared__cluster") and parts[6:] == ("global", "mbarrier__complete_tx__bytes"):
         return _load_block(instruction, program)
     if parts[5:] == ("global", "shared__cta", "bulk_group"):
         return _store_block(instruction, program)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -92,11 +93,11 @@ def run(
     program: Program, memory: Global, parameters: dict[str, object], shared: int, grid: tuple[int, int, int]
 ) -> None:
     """All programs of a launch, one after the other. shared: bytes of each."""
-    actions = translate(program)
     for z, y, x in product(*(range(count) for count in reversed(grid))):
-        execute(Machine(program, memory, Shared(shared), parameters, (x, y, z), grid), actions)
+        execute(Machine(program, memory, Shared(shared), parameters, (x, y, z), grid))
 
 
+@lru_cache(maxsize=32)
 def translate(program: Program) -> list[Action]:
     """Raises Fault for an instruction that is not known here."""
     actions = []
@@ -132,11 +133,11 @@ def guarded(action: Action, instruction: Instruction) -> Action:
     return run_guarded
 
 
-def execute(machine: Machine, actions: list[Action] | None = None) -> None:
+def execute(machine: Machine) -> None:
     """Threads that went different ways: those that are furthest behind run first. At what a warp or a program does
     together, those wait that arrive first."""
     program, apart = machine.program, Apart()
-    actions = translate(program) if actions is None else actions
+    actions = translate(program)
     position, end = 0, len(actions)
     while True:
         if apart:

@@ -25,7 +25,7 @@ class Instruction:
         return ".".join(self.parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """registers: name -> "pred", "b16", "b32" or "b64"; labels: name -> position of the next instruction."""
 
