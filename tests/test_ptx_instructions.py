@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ptx.arithmetic import fused, to_half
 from ptx.engine import swizzled
+from ptx.rounding import fused, to_half
 from ptx_snippets import run
 
 RANDOM = np.random.default_rng(0)
