@@ -101,8 +101,7 @@ def _pairs(f: Callable, instruction: Instruction, program: Program) -> Action:
     write = writer(instruction.operands[0], "b64", program)
 
     def run(machine: Machine) -> None:
-        values = [np.ascontiguousarray(np.broadcast_to(read(machine), machine.threads)) for read in reads]
-        values = [value.view(np.float32) for value in values]
+        values = [np.ascontiguousarray(read(machine)).view(np.float32) for read in reads]
         write(machine, np.ascontiguousarray(f(*values)).view(np.uint64))
 
     return run
@@ -212,8 +211,7 @@ def move(instruction: Instruction, program: Program) -> Action:
         write = writer(targets[0], kind, program)
 
         def pack(machine: Machine) -> None:
-            parts = [np.broadcast_to(read(machine), (machine.threads,)) for read in reads]
-            write(machine, np.stack(parts, axis=1).view(TYPES[kind])[:, 0])
+            write(machine, np.stack([read(machine) for read in reads], axis=1).view(TYPES[kind])[:, 0])
 
         return pack
     read = reader(sources[0], kind, program)
@@ -323,4 +321,4 @@ def converted_address(instruction: Instruction, program: Program) -> Action:
 @translates("createpolicy")
 def policy(instruction: Instruction, program: Program) -> Action:
     write = writer(instruction.operands[0], "b64", program)
-    return lambda machine: write(machine, np.zeros(1, np.uint64))
+    return lambda machine: write(machine, np.zeros(machine.threads, np.uint64))

@@ -119,7 +119,7 @@ def _move(instruction: Instruction, program: Program) -> Action:
             for i, write in enumerate(writes):
                 write(machine, memory.words[lane, np.minimum(columns[:, i], COLUMNS - 1)])
         else:
-            values = np.stack([np.broadcast_to(read(machine), (machine.threads,)) for read in reads], axis=1)
+            values = np.stack([read(machine) for read in reads], axis=1)
             memory.words[lane[active, None], columns[active]] = values[active]
             memory.known[lane[active, None], columns[active]] = True
 

@@ -83,7 +83,7 @@ def barrier_at(machine: Machine, place: int) -> MemoryBarrier:
 
 def chosen(machine: Machine, values: np.ndarray) -> list[int]:
     """Of the threads that run."""
-    return [int(value) for value in np.broadcast_to(values, (machine.threads,))[machine.active()]]
+    return [int(value) for value in values[machine.active()]]
 
 
 @translates("mbarrier")
@@ -110,11 +110,10 @@ def memory_barrier(instruction: Instruction, program: Program) -> Action:
     if what == "arrive":
         expects = instruction.parts[2] == "expect_tx"
         where = address(operands[1], program)
-        count = reader(operands[2], "u32", program) if len(operands) > 2 else None
+        count = reader(operands[2] if len(operands) > 2 else "1", "u32", program)
 
         def arrive(machine: Machine) -> None:
-            values = np.ones(1, np.uint32) if count is None else count(machine)
-            for place, value in zip(chosen(machine, where(machine)), chosen(machine, values), strict=True):
+            for place, value in _of_threads(machine, [where(machine), count(machine)]):
                 known = barrier_at(machine, place)
                 known.missing += value if expects else 0
                 known.arrivals -= 1 if expects else value
@@ -140,7 +139,7 @@ def _try_wait(instruction: Instruction, program: Program) -> Action:
             land(machine, known)
         if known.phase == wanted:
             raise Fault("waits for a barrier that nothing will complete")
-        machine.write(done, np.ones(1, bool))
+        machine.write(done, np.ones(machine.threads, bool))
 
     return run
 

@@ -80,9 +80,7 @@ class Machine:
         return np.full((self.threads, kind().itemsize), POISON, np.uint8).view(kind)[:, 0]
 
     def write(self, register: str, value: np.ndarray) -> None:
-        """value [threads] or [1], of the register's type; threads that do not run keep theirs."""
-        if value.shape[0] != self.threads:
-            value = np.broadcast_to(value, (self.threads,))
+        """value [threads], of the register's type; threads that do not run keep theirs."""
         if self.mask is not None:
             before = self.registers.get(register)
             value = value if before is None else np.where(self.mask, value, before)
@@ -109,6 +107,13 @@ def translate(program: Program) -> list[Action]:
             raise unknown(instruction)
         actions.append(guarded(make(instruction, program), instruction))
     return actions
+
+
+def finished(groups: list, left: int) -> list:
+    """Of groups, the last of which is not yet closed, all closed ones but the last `left`; they are taken off."""
+    done = groups[: max(0, len(groups) - 1 - left)]
+    del groups[: len(done)]
+    return done
 
 
 def unknown(instruction: Instruction) -> Fault:

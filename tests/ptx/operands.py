@@ -30,24 +30,20 @@ def listed(operand: str) -> list[str]:
 
 
 def reader(operand: str, kind: str, program: Program) -> Read:
-    """Of a register, a number or a special register: its value per thread, or one for all, as `kind`. bf16 comes as
-    its bits."""
-    wanted = TYPES[kind]
+    """Of a register, a number or a special register: its value per thread [threads], as `kind`. bf16 comes as its
+    bits."""
+    wanted, size = TYPES[kind], np.dtype(TYPES[kind]).itemsize
     if NUMBER.match(operand):
         number = int(operand.rstrip("U"), 0)
-        constant = np.array([number != 0]) if kind == "pred" else _bits(number, np.dtype(wanted).itemsize).view(wanted)
-        return lambda machine: constant
+        return _constant(number != 0 if kind == "pred" else number, size, wanted, program)
     if found := FLOAT.match(operand):
-        value = np.array([int(found[1], 16)], np.uint32).view(wanted)
-        return lambda machine: value
+        return _constant(int(found[1], 16), 4, wanted, program)
     if special := SPECIAL.get(operand):
         return lambda machine: special(machine).view(wanted)
     if operand == "global_smem" or operand in program.parameters:
         place = SHARED_BASE if operand == "global_smem" else PARAMETERS + APART * program.parameters.index(operand)
-        start = _bits(place, np.dtype(wanted).itemsize).view(wanted)
-        return lambda machine: start
+        return _constant(place, size, wanted, program)
     width = np.dtype(WIDTHS[program.kind_of(operand)]).itemsize
-    size = np.dtype(wanted).itemsize
     if width == size:
         return lambda machine: machine.value(operand).view(wanted)
     if size > width:
@@ -78,17 +74,20 @@ def address(operand: str, program: Program) -> Read:
     base, _, offset = operand.strip("[] ").partition("+")
     base, more = base.strip(), int(offset or "0", 0)
     read = reader(base, program.kind_of(base) if base.startswith("%") else "b64", program)
-    return lambda machine: np.broadcast_to(read(machine).astype(np.int64) + more, (machine.threads,))
+    return lambda machine: read(machine).astype(np.int64) + more
 
 
 SPECIAL: dict[str, Read] = {
     "%tid.x": lambda machine: machine.thread,
     "%laneid": lambda machine: machine.thread % np.uint32(WARP),
-    "%ntid.x": lambda machine: np.array([machine.threads], np.uint32),
-    **{f"%ctaid.{axis}": lambda m, i=i: np.array([m.position[i]], np.uint32) for i, axis in enumerate("xyz")},
-    **{f"%nctaid.{axis}": lambda m, i=i: np.array([m.grid[i]], np.uint32) for i, axis in enumerate("xyz")},
+    "%ntid.x": lambda machine: np.full(machine.threads, machine.threads, np.uint32),
+    **{f"%ctaid.{axis}": lambda m, i=i: np.full(m.threads, m.position[i], np.uint32) for i, axis in enumerate("xyz")},
+    **{f"%nctaid.{axis}": lambda m, i=i: np.full(m.threads, m.grid[i], np.uint32) for i, axis in enumerate("xyz")},
 }
 
 
-def _bits(number: int, size: int) -> np.ndarray:
-    return np.array([number & ((1 << (8 * size)) - 1)], np.dtype(f"uint{8 * size}"))
+def _constant(number: int, size: int, wanted: type, program: Program) -> Read:
+    """`size` bytes of a number, for all threads."""
+    bits = number & ((1 << (8 * size)) - 1)
+    values = np.full(program.threads, bits, np.dtype(f"uint{8 * size}")).view(wanted)
+    return lambda machine: values

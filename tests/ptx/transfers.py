@@ -1,30 +1,20 @@
 """Loads, stores, and copies from global to shared memory behind a program's back (cp.async)."""
 
-import re
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from .machine import Action, Fault, Machine, translates, unknown
+from .machine import Action, Fault, Machine, finished, translates, unknown
 from .operands import TYPES, address, listed, reader, writer
 from .program import Instruction, Program
 
 
-def element(instruction: Instruction) -> tuple[str, int]:
-    """Type and number of what an instruction moves."""
-    counts = [int(part[1:]) for part in instruction.parts if re.fullmatch(r"v[248]", part)]
-    return instruction.parts[-1], counts[0] if counts else 1
-
-
 @translates("ld")
 def load(instruction: Instruction, program: Program) -> Action:
-    kind, count = element(instruction)
-    space = instruction.parts[1]
+    kind, space = instruction.parts[-1], instruction.parts[1]
     if space == "param":
         return _parameter(instruction, program)
-    size = np.dtype(TYPES[kind]).itemsize * count
     where = address(instruction.operands[1], program)
     writes = [writer(name, kind, program) for name in listed(instruction.operands[0])]
+    size = np.dtype(TYPES[kind]).itemsize * len(writes)
     if space not in ("global", "shared"):
         raise unknown(instruction)
 
@@ -49,20 +39,17 @@ def _parameter(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         value = machine.parameters[name]
-        if kind.startswith("f"):
-            write(machine, np.array([value], TYPES[kind]))
-        else:
-            bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value
-            size = np.dtype(TYPES[kind]).itemsize
-            write(machine, np.array([int(bits) & (256**size - 1)], f"uint{8 * size}").view(TYPES[kind]))
+        bits = int(np.float32(value).view(np.uint32)) if isinstance(value, float) else value
+        size = np.dtype(TYPES[kind]).itemsize
+        values = np.full(machine.threads, bits & (256**size - 1), np.dtype(f"uint{8 * size}"))
+        write(machine, values.view(TYPES[kind]))
 
     return run
 
 
 @translates("st")
 def store(instruction: Instruction, program: Program) -> Action:
-    kind, _ = element(instruction)
-    space = instruction.parts[1]
+    kind, space = instruction.parts[-1], instruction.parts[1]
     where = address(instruction.operands[0], program)
     reads = [reader(name, kind, program) for name in listed(instruction.operands[1])]
     if space not in ("global", "shared"):
@@ -70,8 +57,7 @@ def store(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         active = machine.active()
-        values = [np.broadcast_to(read(machine), (machine.threads,)) for read in reads]
-        parts = np.stack(values, axis=1).view(np.uint8)[active]
+        parts = np.stack([read(machine) for read in reads], axis=1).view(np.uint8)[active]
         if space == "global":
             machine.memory.store(where(machine)[active], parts)
         else:
@@ -111,7 +97,7 @@ def store_matrix(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         machine.all_threads()
-        words = np.stack([np.broadcast_to(read(machine), (machine.threads,)) for read in reads])
+        words = np.stack([read(machine) for read in reads])
         matrices = np.ascontiguousarray(words.reshape(count, -1, 32).swapaxes(0, 1)).view(np.uint16)
         matrices = matrices.reshape(-1, count, 8, 8)
         if transposed:
@@ -121,13 +107,6 @@ def store_matrix(instruction: Instruction, program: Program) -> Action:
         machine.shared.store(where(machine)[lanes], rows, machine.warps[lanes])
 
     return run
-
-
-@dataclass
-class Copies:
-    """Groups of copies that a program has started; the last one is not yet closed."""
-
-    groups: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = field(default_factory=lambda: [[]])
 
 
 @translates("cp.async")
@@ -140,14 +119,13 @@ def copy(instruction: Instruction, program: Program) -> Action:
         return lambda machine: _wait(machine, left)
     target, source = (address(operand, program) for operand in instruction.operands[:2])
     size = int(instruction.operands[2], 0)
-    given = len(instruction.operands) > 3
-    read_size = reader(instruction.operands[3], "u32", program) if given else None
+    # with a fourth operand that many bytes are read
+    read_size = reader(instruction.operands[3] if len(instruction.operands) > 3 else str(size), "u32", program)
 
     def run(machine: Machine) -> None:
         active = machine.active()
         warps = machine.warps[active][:, None]
-        sizes = np.full(machine.threads, size, np.uint32) if read_size is None else read_size(machine)
-        sizes = np.broadcast_to(sizes, (machine.threads,))[active]
+        sizes = read_size(machine)[active]
         if not np.isin(sizes, (0, size)).all():
             raise Fault("a copy of a part of its size is not known here")
         values = np.zeros((len(sizes), size), np.uint8)
@@ -155,26 +133,24 @@ def copy(instruction: Instruction, program: Program) -> Action:
         values[some] = machine.memory.load(source(machine)[active][some], size)
         places = machine.shared.offsets(target(machine)[active], size)
         machine.shared.begin_copy(places, warps)
-        _copies(machine).groups[-1].append((places, values, warps))
+        _groups(machine)[-1].append((places, values, warps))
 
     return run
 
 
-def _copies(machine: Machine) -> Copies:
-    return machine.queues.setdefault("copies", Copies())
+def _groups(machine: Machine) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Of copies that the program has started; the last one is not yet closed."""
+    return machine.queues.setdefault("copies", [[]])
 
 
 def _close_group(machine: Machine) -> None:
     machine.all_threads()
-    _copies(machine).groups.append([])
+    _groups(machine).append([])
 
 
 def _wait(machine: Machine, left: int) -> None:
     """All groups but the last `left` land now: no sooner than they must."""
     machine.all_threads()
-    copies = _copies(machine)
-    done = max(0, len(copies.groups) - 1 - left)
-    for group in copies.groups[:done]:
+    for group in finished(_groups(machine), left):
         for places, values, warps in group:
             machine.shared.end_copy(places, values, warps)
-    del copies.groups[:done]

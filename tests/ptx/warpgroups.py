@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .engine import described
-from .machine import WARP, Action, Fault, Machine, translates, unknown
+from .machine import WARP, Action, Fault, Machine, finished, translates, unknown
 from .memory import unchanged
 from .operands import Read, listed, reader
 from .program import Instruction, Program
-from .warps import GROUP, PLACE, bytes_of, left_operand, multiply
+from .warps import bytes_of, left_operand, multiply, sum_places
 
 WARPGROUP = 128
 # bytes of a row within which 16 bytes change places, by the number that a descriptor has for it
@@ -58,16 +58,16 @@ def group_product(instruction: Instruction, program: Program) -> Action:
         machine.all_threads()
         products, groups = _products(machine), machine.threads // WARPGROUP
         if in_registers:
-            a = left_operand(bytes_of([read(machine) for read in left], machine.threads)).reshape(groups, 64, 32)
+            a = left_operand(bytes_of([read(machine) for read in left])).reshape(groups, 64, 32)
         else:
             a = np.stack([_operand(machine, left[0], g, 64) for g in range(groups)])
         b = np.stack([_operand(machine, right, g, columns) for g in range(groups)])
         found = multiply(a, b.swapaxes(1, 2))
-        if np.broadcast_to(adds(machine), (machine.threads,)).all():
+        if adds(machine).all():
             if accumulator in products.sums:
                 found = found + products.sums[accumulator]
             else:
-                found = found + gathered([read(machine) for read in before], machine.threads, columns)
+                found = found + gathered([read(machine) for read in before])
         products.sums[accumulator] = found
         for name in accumulator:
             machine.registers.pop(name, None)
@@ -83,7 +83,7 @@ def _products(machine: Machine) -> Products:
 
 def _operand(machine: Machine, read: Read, group: int, rows: int) -> np.ndarray:
     """int8 [rows, 32] in shared memory, which has to stay until the product is waited for."""
-    values = np.broadcast_to(read(machine), (machine.threads,))[group * WARPGROUP : (group + 1) * WARPGROUP]
+    values = read(machine)[group * WARPGROUP : (group + 1) * WARPGROUP]
     if (values != values[0]).any():
         raise Fault("threads of a warp group describe different matrices")
     descriptor = int(values[0])
@@ -93,21 +93,19 @@ def _operand(machine: Machine, read: Read, group: int, rows: int) -> np.ndarray:
     return found.view(np.int8)
 
 
-def gathered(registers: list[np.ndarray], threads: int, columns: int) -> np.ndarray:
-    """Accumulators per thread -> [groups, 64, columns]: registers 4 j + i hold row lane // 4 + 8 (i // 2) of the warp's
-    16, column 8 j + 2 (lane % 4) + i % 2."""
-    found = np.empty((threads // WARP, 16, columns), np.int32)
+def gathered(registers: list[np.ndarray]) -> np.ndarray:
+    """Accumulators per thread -> [groups, 64, columns]."""
+    columns = 2 * len(registers)
+    found = np.empty((len(registers[0]) // WARP, 16, columns), np.int32)
     for n, register in enumerate(registers):
-        j, i = divmod(n, 4)
-        values = np.broadcast_to(register, (threads,)).reshape(-1, WARP)
-        found[:, GROUP + 8 * (i // 2), 8 * j + 2 * PLACE + i % 2] = values
+        rows, places = sum_places(n)
+        found[:, rows, places] = register.reshape(-1, WARP)
     return found.reshape(-1, 64, columns)
 
 
 def _finish_products(machine: Machine, left: int) -> None:
     products = _products(machine)
-    done = products.groups[: max(0, len(products.groups) - 1 - left)]
-    del products.groups[: len(done)]
+    done = finished(products.groups, left)
     for places, values in [read for group in done for read in group.reads]:
         unchanged(lambda places=places: machine.shared.data[places], values, "a product")
     still = {accumulator for group in products.groups for accumulator in group.accumulators}
@@ -119,6 +117,5 @@ def _leave(machine: Machine, accumulator: tuple[str, ...], found: np.ndarray) ->
     machine.busy.difference_update(accumulator)
     warps = found.reshape(machine.threads // WARP, 16, -1)
     for n, name in enumerate(accumulator):
-        j, i = divmod(n, 4)
-        values = warps[:, GROUP + 8 * (i // 2), 8 * j + 2 * PLACE + i % 2]
-        machine.write(name, np.ascontiguousarray(values).reshape(-1).view(np.uint32))
+        rows, columns = sum_places(n)
+        machine.write(name, np.ascontiguousarray(warps[:, rows, columns]).reshape(-1).view(np.uint32))

@@ -22,8 +22,7 @@ def shuffle(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         machine.whole_warps()
-        value = np.broadcast_to(read(machine), (machine.threads,))
-        other = np.broadcast_to(lane(machine), (machine.threads,)) % WARP
+        value, other = read(machine), lane(machine) % WARP
         own = machine.thread % WARP
         source = machine.thread - own + (own ^ other if way == "bfly" else other)
         write(machine, value[source])
@@ -42,7 +41,7 @@ def reduction(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         machine.whole_warps()
-        value = np.broadcast_to(read(machine), (machine.threads,)).reshape(-1, WARP)
+        value = read(machine).reshape(-1, WARP)
         write(machine, np.repeat(f[instruction.parts[2]].reduce(value, axis=1), WARP))
 
     return run
@@ -56,15 +55,15 @@ def election(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         machine.whole_warps()
-        write(machine, np.zeros(1, np.uint32))
+        write(machine, np.zeros(machine.threads, np.uint32))
         write_elected(machine, machine.thread % WARP == 0)
 
     return run
 
 
-def bytes_of(registers: list[np.ndarray], threads: int) -> np.ndarray:
+def bytes_of(registers: list[np.ndarray]) -> np.ndarray:
     """int8 [warps, lanes, registers, 4]."""
-    words = np.stack([np.broadcast_to(register, (threads,)) for register in registers], axis=1)
+    words = np.stack(registers, axis=1)
     return words.view(np.int8).reshape(-1, WARP, len(registers), 4)
 
 
@@ -76,6 +75,12 @@ def left_operand(parts: np.ndarray) -> np.ndarray:
         rows, columns = GROUP + 8 * (i % 2), 4 * PLACE[:, None] + 16 * (i // 2) + BYTES
         matrix[:, rows[:, None], columns] = parts[:, :, i]
     return matrix
+
+
+def sum_places(register: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the warp's 16 and column that each lane holds of a sum [16, 8 j] in one of its 4 j registers."""
+    j, i = divmod(register, 4)
+    return GROUP + 8 * (i // 2), 8 * j + 2 * PLACE + i % 2
 
 
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -92,14 +97,14 @@ def matrix_product(instruction: Instruction, program: Program) -> Action:
 
     def run(machine: Machine) -> None:
         machine.all_threads()
-        left = left_operand(bytes_of([read(machine) for read in a], machine.threads))
-        parts = bytes_of([read(machine) for read in b], machine.threads)
+        left = left_operand(bytes_of([read(machine) for read in a]))
+        parts = bytes_of([read(machine) for read in b])
         right = np.empty((len(parts), 32, 8), np.int8)
         for i in range(2):
             right[:, 4 * PLACE[:, None] + 16 * i + BYTES, GROUP[:, None]] = parts[:, :, i]
         found = multiply(left, right)
         for i, write in enumerate(writes):
-            rows, columns = GROUP + 8 * (i // 2), 2 * PLACE + i % 2
+            rows, columns = sum_places(i)
             write(machine, found[:, rows, columns].reshape(-1) + c[i](machine))
 
     return run
