@@ -1,6 +1,7 @@
 """Speed of the integer kernels on the layers of published DiTs, beside full precision, comfy-kitchen and the roofline.
 
     python benchmarks/kernels.py --device cuda --out benchmarks/results/kernels_h100.json [--quick]
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/kernels.py --device cpu --out .../kernels_cpu_no_amx.json
 
 Everything about a layer is timed in the same run, by turns. Before that every backend of every op is checked against
 its reference; an op that fails is not timed, and the exit status is 1. Whole layers are compared with the fp32 layer
