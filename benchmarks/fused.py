@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kernel_checks import QUANTIZER, Checks, backends
 from kernel_layers import PRESET_NAMES, Problem, at, quantized
 from kernel_shapes import CPU_TOKENS, CPU_WIDTHS, CUDA_TOKENS, LAYERS, Layer
 from kernel_timing import Clock, Roofline, measure_roofline, quartiles, race, ratio
+from precompile import compile_all
 from torch import Tensor
 
 from kernels import BUDGET, DTYPES, commit, device_facts, of_kernels, rounded
@@ -84,6 +85,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one input of each op, few rounds: does it run?")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these numbers of tokens")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(argv)
 
@@ -93,9 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no CUDA device; use --device cpu", file=sys.stderr)
         return 2
-    result = run(torch.device(args.device), cases(args.device, args.quick), 3 if args.quick else 15, args.quick)
+    timed = [case for case in cases(args.device, args.quick) if args.tokens is None or case[1] in args.tokens]
+    if not timed:
+        print(f"error: nothing is timed at {args.tokens} tokens", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not args.quick:
+        for error in compile_all("fused", kernels_of(timed)):
+            print(f"while compiling: {error}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result) + "\n")
+    result = {}
+    # written after every row: a run that is cut off keeps what it has measured
+    for result in run(torch.device(args.device), timed, 3 if args.quick else 15, args.quick):
+        args.out.write_text(json.dumps(result) + "\n")
     print("\n".join(summary(result["rows"])))
     for label, reason in result["failed"].items():
         print(f"FAILED, not timed: {label}: {reason}")
@@ -119,22 +130,36 @@ def cases(device: str, quick: bool) -> list[tuple[Place, int]]:
     return [(place, M) for place in places for M in (CPU_TOKENS if device == "cpu" else CUDA_TOKENS)]
 
 
+def kernels_of(timed: list[tuple[Place, int]]) -> dict[tuple, tuple]:
+    """`launch`'s arguments -> what it compiles, which is the same for any number of tokens."""
+    found = {}
+    for place, M in sorted(timed, key=lambda case: case[1]):
+        for preset in FUSIBLE:
+            found.setdefault((place.op, place.K, preset), (place.op, place.model, place.K, M, preset))
+    return {arguments: kernel for kernel, arguments in found.items()}
+
+
+def launch(device: torch.device, op: str, model: str, K: int, M: int, preset: str) -> None:
+    """The kernels of one input, fused and apart, once."""
+    for call in calls(random_input(Place(op, model, "", K), M, DTYPES[device.type][-1], device), preset):
+        call.run()
+
+
+def check(device: torch.device) -> Checks:
+    return check_all(device, small_calls(device, DTYPES[device.type]))
+
+
 @torch.inference_mode()
-def run(device: torch.device, timed: list[tuple[Place, int]], rounds: int, quick: bool = False) -> dict:
-    clock, dtypes = Clock(device), DTYPES[device.type]
-    checks = check_all(device, small_calls(device, dtypes))
+def run(
+    device: torch.device, timed: list[tuple[Place, int]], rounds: int, quick: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The result so far, after every row."""
+    clock = Clock(device)
+    checks = check(device)
     for label, reason in checks.failed.items():
         print(f"FAILED, not timed: {label}: {reason}", file=sys.stderr)
-    roofline, rows, failed = measure_roofline(clock, quick), [], dict(checks.failed)
-    for place, M in timed:
-        for dtype in dtypes:
-            given = random_input(place, M, dtype, device)
-            for preset in FUSIBLE:
-                row, wrong = measure(place, given, preset, clock, checks, roofline, rounds)
-                rows.append(row)
-                failed |= {f"{name_of(row)}, {name}": reason for name, reason in wrong.items()}
-                print(line(row), file=sys.stderr, flush=True)
-    return {
+    roofline = measure_roofline(clock, quick)
+    result: dict[str, Any] = {
         "machine": machine() | device_facts(device),
         "versions": versions() | of_kernels(),
         "commit": commit(),
@@ -142,9 +167,18 @@ def run(device: torch.device, timed: list[tuple[Place, int]], rounds: int, quick
         "roofline": roofline.published(),
         "passed": sorted(f"{op}, {backend}" for op, backend in checks.passed),
         "refused": checks.refused,
-        "failed": failed,
-        "rows": rows,
+        "failed": dict(checks.failed),
+        "rows": [],
     }
+    for place, M in timed:
+        for dtype in DTYPES[device.type]:
+            given = random_input(place, M, dtype, device)
+            for preset in FUSIBLE:
+                row, wrong = measure(place, given, preset, clock, checks, roofline, rounds)
+                result["rows"].append(row)
+                result["failed"] |= {f"{name_of(row)}, {name}": reason for name, reason in wrong.items()}
+                print(line(row), file=sys.stderr, flush=True)
+                yield result
 
 
 def small_calls(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Call]:

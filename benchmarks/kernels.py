@@ -11,6 +11,7 @@ too: a row whose output is another function has no time. Rivals need `pip instal
 import argparse
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,13 @@ from typing import Any
 
 import torch
 from dit_quant.demo.__main__ import machine, versions
-from kernel_checks import check_all
-from kernel_layers import BF16, FP32, PRESET_NAMES, Contender, Problem, contenders
-from kernel_shapes import Layer, cases
+from dit_quant.kernels import autotune
+from dit_quant.kernels.tiles import MAX_BUCKET
+from dit_quant.quant_core.linear import quant_linear
+from dit_quant.quant_core.schemes import PRESETS
+from kernel_checks import Checks, check_all
+from kernel_layers import BF16, FP32, PRESET_NAMES, Contender, Problem, at, contenders, quantized
+from kernel_shapes import LAYERS, Layer, cases
 from kernel_timing import Clock, Roofline, measure_roofline, quartiles, race, ratio
 from precompile import compile_all
 
@@ -38,7 +43,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one layer, few rounds: does it run?")
     parser.add_argument("--models", default="", help="only models whose name contains this, such as flux")
-    parser.add_argument("--tokens", type=int, nargs="+", help="only these numbers of tokens")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these numbers of tokens, all layers at one by one")
     parser.add_argument("--rounds", type=int, help="default 15; 3 with --quick")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; 0: all")
     parser.add_argument("--out", type=Path, required=True)
@@ -57,22 +62,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no model with {args.models!r} in its name is timed on {args.device}", file=sys.stderr)
         return 2
     offered = sorted({M for _, M in timed})
-    timed = [(layer, M) for layer, M in timed if args.tokens is None or M in args.tokens]
+    usual = timed
+    if args.tokens is not None:
+        timed = [case for M in dict.fromkeys(args.tokens) for case in timed if case[1] == M]
     if not timed:
         print(
             f"error: layers are timed at {', '.join(map(str, offered))} tokens, none at {args.tokens}", file=sys.stderr
         )
         return 2
     if args.device == "cuda" and not args.quick:
-        for error in compile_all(timed):
+        for error in compile_all("kernels", kernels_of(timed)):
             print(f"while compiling: {error}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if autotune.enabled(torch.device(args.device)):
+        # which tiles were compared, and how they did
+        logging.basicConfig(level=logging.INFO)
     result = {}
     # written after every layer: a run that is cut off keeps what it has measured
     for result in run(torch.device(args.device), timed, args.rounds or (3 if args.quick else 15), args.quick):
+        result = result | {"rows": sorted(result["rows"], key=lambda row: usual.index(case_of(row)))}
         args.out.write_text(json.dumps(result) + "\n")
     print(text(result))
     return 1 if result["failed"] else 0
+
+
+def kernels_of(timed: list[tuple[Layer, int]]) -> dict[tuple, tuple]:
+    """`launch`'s arguments -> what its quantizer is compiled by; a tile is chosen by the bucket of M."""
+    return {
+        (layer.model, layer.name, min(M, MAX_BUCKET), preset): (layer.K, preset)
+        for layer, M in timed
+        for preset in PRESET_NAMES
+    }
+
+
+def launch(device: torch.device, model: str, name: str, M: int, preset: str) -> None:
+    """A preset's kernels of one layer, once."""
+    layer = next(layer for layer in LAYERS if (layer.model, layer.name) == (model, name))
+    problem = Problem.random(layer, M, torch.bfloat16, device)
+    quant_linear(problem.x, quantized(problem, PRESETS[preset]), problem.bias.bfloat16(), *at(device).values())
+
+
+def check(device: torch.device) -> Checks:
+    return check_all(device, DTYPES[device.type])
 
 
 @torch.inference_mode()
@@ -81,7 +112,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The result so far, after every row."""
     clock, dtypes = Clock(device), DTYPES[device.type]
-    checks = check_all(device, dtypes)
+    checks = check(device)
     for label, reason in checks.failed.items():
         print(f"FAILED, not timed: {label}: {reason}", file=sys.stderr)
     roofline = measure_roofline(clock, quick)
@@ -129,6 +160,10 @@ def measure(problem: Problem, clock: Clock, checks, roofline: Roofline, rounds: 
     layer = problem.layer
     shape = {"model": layer.model, "layer": layer.name, "M": len(problem.x), "K": layer.K, "N": layer.N}
     return shape | {"dtype": str(problem.dtype).removeprefix("torch."), "timed": entries, "absent": absent}
+
+
+def case_of(row: dict) -> tuple[Layer, int]:
+    return Layer(row["model"], row["layer"], row["K"], row["N"]), row["M"]
 
 
 def relative_error(contender: Contender, exact: torch.Tensor) -> float:

@@ -1,64 +1,65 @@
-"""Compiles the Triton kernels that kernels.py will time, with every core: one process would take minutes.
+"""Compiles the Triton kernels that a benchmark will time, with every core: one process would take minutes.
 
-Called by kernels.py on a GPU. Each process takes a share of the widths and presets, and the last one the checks:
+Called by kernels.py and fused.py on a GPU. Each process launches a share of their cases, the last one their checks:
 
-    python benchmarks/precompile.py '{"device": "cuda", "share": 0, "shares": 8, "timed": [["PixArt", "fc1", 4096]]}'
+    python benchmarks/precompile.py '{"script": "kernels", "device": "cuda", "check": false,
+                                      "cases": [["PixArt", "fc1", 4096, "W8A8"]]}'
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from dit_quant.kernels.tiles import MAX_BUCKET
-from dit_quant.quant_core.linear import quant_linear
-from dit_quant.quant_core.schemes import PRESETS
-from kernel_checks import check_all
-from kernel_layers import PRESET_NAMES, Problem, at, quantized
-from kernel_shapes import LAYERS, Layer
+from dit_quant.kernels.autotune import CACHE
 
 # more processes than this only wait for the card; bytes of it that one of them may need
 MOST, BYTES = 16, 2**31
 
 
-def compile_all(timed: list[tuple[Layer, int]], device: str = "cuda") -> list[str]:
-    """What kernels.py times with these (layer, tokens), compiled; the end of what went wrong, a line per process."""
+def compile_all(script: str, cases: Mapping[tuple, Hashable], device: str = "cuda") -> list[str]:
+    """What the script's `launch(device, *case)` and `check(device)` launch, compiled; what went wrong, a line per
+    process. Cases of the same value launch the same kernels: one process does them all."""
     room = torch.cuda.mem_get_info()[0] // BYTES if device == "cuda" else MOST
     shares = max(1, min(MOST, os.cpu_count() or 1, room))
-    # a tile is chosen by the bucket of M
-    cases = list(dict.fromkeys((layer.model, layer.name, min(M, MAX_BUCKET)) for layer, M in timed))
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, __file__, json.dumps({"device": device, "share": i, "shares": shares, "timed": cases})],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(shares)
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for share in range(shares):
+            job = {"script": script, "device": device, "check": share == shares - 1}
+            job["cases"] = share_of(cases, share, shares)
+            # processes that measure tiles side by side measure each other: what they choose is thrown away
+            environment = os.environ | {CACHE: str(Path(folder) / f"{share}.json")}
+            command = [sys.executable, __file__, json.dumps(job)]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        errors = [process.communicate()[1] for process in running]
+    return [
+        error.strip().splitlines()[-1]
+        for process, error in zip(running, errors, strict=True)
+        if process.returncode and error.strip()
     ]
-    errors = [job.communicate()[1] for job in jobs]
-    return [error.strip().splitlines()[-1] for job, error in zip(jobs, errors, strict=True) if job.returncode]
 
 
-def share_of(timed: list[tuple[Layer, int]], share: int, shares: int) -> list[tuple[Layer, int, str]]:
-    """(layer, tokens, preset) of one process: kernels of one width and preset are compiled by one alone."""
-    groups = sorted({(layer.K, preset) for layer, _ in timed for preset in PRESET_NAMES})
-    mine = groups[share :: max(shares - 1, 1)]
-    return [(layer, M, preset) for layer, M in timed for preset in PRESET_NAMES if (layer.K, preset) in mine]
+def share_of(cases: Mapping[tuple, Hashable], share: int, shares: int) -> list[tuple]:
+    """The cases of one process; the last has none where there are others, since it does the checks."""
+    alone, last = shares == 1, share == shares - 1
+    owners = list(dict.fromkeys(cases.values()))[share :: max(shares - 1, 1)] if alone or not last else []
+    return [case for case, owner in cases.items() if owner in owners]
 
 
 @torch.inference_mode()
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    device, share, shares = torch.device(job["device"]), job["share"], job["shares"]
-    named = {(layer.model, layer.name): layer for layer in LAYERS}
-    timed = [(named[model, name], M) for model, name, M in job["timed"]]
-    if share == shares - 1:
-        check_all(device, (torch.bfloat16,))
-    if share < shares - 1 or shares == 1:
-        for layer, M, preset in share_of(timed, share, shares):
-            problem = Problem.random(layer, M, torch.bfloat16, device)
-            quant_linear(problem.x, quantized(problem, PRESETS[preset]), problem.bias.bfloat16(), *at(device).values())
+    job: dict[str, Any] = json.loads(sys.argv[1])
+    script, device = importlib.import_module(job["script"]), torch.device(job["device"])
+    if job["check"]:
+        script.check(device)
+    for case in job["cases"]:
+        script.launch(device, *case)
 
 
 if __name__ == "__main__":
