@@ -66,7 +66,10 @@ def load_quantized(path: Path):
     metadata = header.get("__metadata__") or {}
     if METADATA not in metadata:
         raise DamagedFile(f"{path.name}: not a quantized DiT of this pack; use Load Diffusion Model and Quantize DiT")
-    version = json.loads(metadata[METADATA]).get("version")
+    try:
+        version = dict(json.loads(metadata[METADATA])).get("version")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedFile(f"{path.name}: its {METADATA} entry is not a JSON object; the file is damaged") from error
     if version != VERSION:
         raise DamagedFile(f"{path.name}: format version {version}, this pack reads {VERSION}; update the pack")
     try:

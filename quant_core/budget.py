@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 GB = 2**30
 
@@ -34,8 +35,8 @@ def choose(options: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 0)
     if left < 0:
         fixed += sum(hull[0].nbytes for hull in hulls.values() if len(hull) == 1)
         raise OverBudget(
-            f"{budget / GB:.3g} GB wanted, the smallest choice needs {(budget - left) / GB:.3g} GB, of which "
-            f"{fixed / GB:.3g} GB cannot be made smaller; ask for more, or skip fewer layers"
+            f"{budget / GB:.3f} GB wanted, the smallest choice needs {at_least(budget - left)} GB, of which "
+            f"{at_least(fixed)} GB cannot be made smaller; ask for more, or skip fewer layers"
         )
     for name, index in _steps(hulls):
         before, after = hulls[name][index], hulls[name][index + 1]
@@ -44,6 +45,11 @@ def choose(options: Mapping[str, Sequence[Choice]], budget: int, fixed: int = 0)
             left -= after.nbytes - before.nbytes
             chosen[name] = after
     return chosen
+
+
+def at_least(nbytes: int) -> str:
+    """GB with three digits behind the point, such that what is asked for in this many holds all bytes."""
+    return f"{ceil(1000 * nbytes / GB) / 1000:.3f}"
 
 
 def lower_hull(choices: Sequence[Choice]) -> list[Choice]:

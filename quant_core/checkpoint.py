@@ -16,6 +16,7 @@ VERSION = 2
 CONFIG_KEY = "comfy_quant"
 # :{"dtype":"BF16","shape":[262144,262144],"data_offsets":[1099511627776,1099511627776]},
 HEADER_ENTRY = 88
+POSITIVE = ("scale", "smooth", "static_scale")
 # field -> suffix after the layer's name
 SUFFIXES = {name: "weight" if name == "qdata" else f"weight_{name}" for name in TENSOR_FIELDS}
 
@@ -63,7 +64,7 @@ def parse_config(name: str, config: Tensor) -> dict:
     """The layer's JSON. Raises DamagedFile when it is not JSON."""
     try:
         data = json.loads(config.cpu().numpy().tobytes())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is not JSON") from error
     if not isinstance(data, dict):
         raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is not a JSON object")
@@ -85,14 +86,19 @@ def layer_from_tensors(name: str, tensors: Mapping[str, Tensor], features: tuple
         )
     try:
         groups = TimestepGroups.from_json(config["groups"])
-        hadamard, symmetric = int(config["hadamard"]), bool(config["symmetric"])
+        hadamard, symmetric = config["hadamard"], config["symmetric"]
+        if type(hadamard) is not int or type(symmetric) is not bool:
+            raise ValueError(f"hadamard {hadamard!r}, symmetric {symmetric!r}")
         suffixes = {field: SUFFIXES[field] for field in ("qdata", "scale", *config["tensors"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is incomplete ({error})") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedFile(f"{name}: its {CONFIG_KEY} entry is incomplete or wrong ({error})") from error
     # a table that got lost would otherwise mean a scheme without it, and a wrong picture
     for suffix in suffixes.values():
         if f"{name}.{suffix}" not in tensors:
             raise DamagedFile(f"{name}: tensor {name}.{suffix} is missing")
+    for field, suffix in SUFFIXES.items():
+        if f"{name}.{suffix}" in tensors and field not in suffixes:
+            raise DamagedFile(f"{name}: its {CONFIG_KEY} entry does not name the tensor {name}.{suffix}")
     fields = {field: tensors[f"{name}.{suffix}"] for field, suffix in suffixes.items()}
     w = QuantizedLinear(**fields, hadamard=hadamard, symmetric=symmetric, groups=groups)  # type: ignore[arg-type]
     check_layer(name, w, features, str(config.get("format")))
@@ -100,7 +106,7 @@ def layer_from_tensors(name: str, tensors: Mapping[str, Tensor], features: tuple
 
 
 def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declared: str) -> None:
-    """Shapes and dtypes of every tensor. Raises DamagedFile naming the first that is wrong."""
+    """Shapes, dtypes and values of every tensor. Raises DamagedFile naming the first that is wrong."""
     if declared != f"{FORMAT_PREFIX}w{w.bits}a8":
         raise DamagedFile(f"{name}: declared {declared}, but its tensors are of W{w.bits}A8")
     N, K = features
@@ -121,21 +127,36 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         G = w.levels.shape[1] if w.levels.ndim == 2 else 0
         if G == 0 or K % G:
             raise DamagedFile(f"{name}.{SUFFIXES['levels']}: {G} weight groups do not divide K={K}")
+        if K % 2:
+            raise DamagedFile(f"{name}: K={K} is odd, 4-bit codes are stored in pairs")
         expected["levels"] = ((N, G), (torch.uint8,))
-        if not bool((w.levels >= 16).all()):
-            raise DamagedFile(f"{name}.{SUFFIXES['levels']}: a weight group has multiplier 0; the file is damaged")
     for field, tensor in w.tensors().items():
         shape, dtypes = expected[field]
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise DamagedFile(
                 f"{name}.{SUFFIXES[field]}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtypes[0]}"
             )
+        check_values(f"{name}.{SUFFIXES[field]}", field, tensor)
     if w.hadamard not in HADAMARD_ORDERS or K % w.hadamard:
         raise DamagedFile(f"{name}: Hadamard blocks of {w.hadamard} do not fit K={K}")
     if not w.symmetric and w.column_sum is None:
         raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
+    if w.static_zero is not None and w.static_scale is None:
+        raise DamagedFile(f"{name}: fixed zero points need {name}.{SUFFIXES['static_scale']}")
+    if w.static_scale is not None and w.static_zero is None and not w.symmetric:
+        raise DamagedFile(f"{name}: asymmetric fixed ranges need {name}.{SUFFIXES['static_zero']}")
     if w.shift is not None and w.correction is None:
         raise DamagedFile(f"{name}: a shift needs its correction {name}.{SUFFIXES['correction']}")
+
+
+def check_values(key: str, field: str, tensor: Tensor) -> None:
+    """Raises DamagedFile for numbers that no quantized layer has: a picture made with them is wrong."""
+    if field == "levels" and not bool((tensor >= 16).all()):
+        raise DamagedFile(f"{key}: a weight group has multiplier 0; the file is damaged")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise DamagedFile(f"{key}: holds NaN or infinity; the file is damaged")
+    if field in POSITIVE and not bool((tensor > 0).all()):
+        raise DamagedFile(f"{key}: holds {float(tensor.min()):g}, but scales are positive; the file is damaged")
 
 
 def direction_count(name: str, w: QuantizedLinear) -> int:

@@ -240,7 +240,9 @@ def quantize_model(
     """
     of_layer = dict.fromkeys(weights, scheme) | {n: s for n, s in (schemes or {}).items() if n in weights}
     used = {s for s in of_layer.values() if s is not None}
-    if calibration is None and any(s.needs_calibration for s in used):
+    if not any(s.needs_calibration for s in used):
+        calibration = None
+    elif calibration is None:
         raise CannotQuantize(f"{scheme.name} needs a calibration; connect Calibrate DiT, or choose an rtn preset")
     skipped = {name: KEPT_BY_BUDGET for name, s in of_layer.items() if s is None} | dict(skip or {})
     if calibration is not None:
@@ -273,15 +275,26 @@ def quantize_model(
                 raise
             skipped[name] = str(error).removeprefix(f"{name}: ")
         progress(done + 1, len(todo))
+    if not weights:
+        raise CannotQuantize("this model has no DiT blocks with Linear layers (a UNet?): there is nothing to quantize")
     if not layers:
-        raise CannotQuantize(
-            "no Linear of this model can be quantized: it has no DiT blocks with Linear layers (a UNet?), "
-            "or every layer was skipped"
-        )
+        raise CannotQuantize(f"no layer of this model was quantized: {_reasons(skipped)}")
     notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
     notes += _unguided(layers, of_layer, calibration)
     return layers, QuantReport(
         scheme.name, tuple(reports), tuple(SkippedLayer(n, r) for n, r in sorted(skipped.items())), notes
+    )
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    """The commonest first, each with a layer of it."""
+    named: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        named.setdefault(reason, []).append(name)
+    commonest = sorted(named.items(), key=lambda item: -len(item[1]))[:3]
+    return "; ".join(
+        f"{names[0] if len(names) == 1 else f'{len(names)} layers such as {names[0]}'}: {reason}"
+        for reason, names in commonest
     )
 
 

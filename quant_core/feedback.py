@@ -150,8 +150,8 @@ def largest_divisor(count: int, limit: int) -> int:
 
 def ordered_factor(H: Tensor, together: int, damp: float) -> tuple[Tensor, Tensor]:
     """Damped H [b, b] -> order of its columns, most important first, and U with UᵀU = H⁻¹ in it."""
-    dead = H.diagonal() <= 0
-    H = H + torch.diag(dead.double() + damp * H.diagonal().mean().clamp(min=1e-12))
+    # a column that never varies has the damping alone, and with it little importance
+    H = H + torch.diag((-H.diagonal()).clamp(min=0) + damp * H.diagonal().mean().clamp(min=1e-12))
     parts = torch.argsort(H.diagonal().unflatten(0, (-1, together)).mean(dim=1), descending=True)
     order = (parts[:, None] * together + torch.arange(together, device=H.device)).flatten()
     back = order.flip(0)

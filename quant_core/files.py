@@ -1,10 +1,15 @@
 """Safe reading and writing of safetensors: clear refusals, and never a half-written file."""
 
 import contextlib
+import errno
+import glob
 import json
 import os
 import shutil
+import stat
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 HEADER_LIMIT = 100 * 2**20
+# seconds since a temporary file was last written to
+ABANDONED = 3600
 
 
 class DamagedFile(ValueError):
@@ -39,7 +46,7 @@ def read_header(path: Path) -> dict:
         raise DamagedFile(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path.name}: the header is not JSON; it is not a safetensors file") from error
     if not isinstance(header, dict):
         raise DamagedFile(f"{path.name}: the header is not a JSON object; it is not a safetensors file")
@@ -70,22 +77,46 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes beside the target and renames: an old file survives whatever goes wrong.
 
-    Raises OSError naming the space needed and left when the disk is full.
+    Raises OSError naming the folder, and the space needed and left when the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.nbytes for tensor in tensors.values())
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(28, f"{path.name} needs {needed / 2**20:.0f} MB, the disk has {free / 2**20:.0f} MB left")
+    with replacing(path) as temporary:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{path.name} needs {needed / 2**20:.0f} MB, the disk of {path.parent} has {free / 2**20:.0f} MB left; "
+                "make room there",
+            )
+        try:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place at the end, with its permissions, or goes where something fails.
+
+    What a process that was killed while it wrote has left there goes too.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            # one that is still being written is younger
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        # safetensors makes files that nobody else may read
+        temporary.touch()
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, SafetensorError):
-            raise OSError(f"{path.name} could not be written: {error}") from error
         raise

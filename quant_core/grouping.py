@@ -1,7 +1,7 @@
 """Adjacency-constrained hierarchical clustering of timesteps (HTG, arXiv 2503.06930, algorithm 1)."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -74,40 +74,56 @@ def merge_tree(features: NDArray, linkage: Linkage, weights: NDArray | None = No
     Greedy, as published: the cheapest adjacent pair is merged until one run is left; ties go to the noisier pair.
     """
     z = np.asarray(features, dtype=np.float64)
-    w = np.ones(len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if z.ndim != 2 or len(z) == 0 or w.shape != (len(z),):
-        raise ValueError(f"features must be [T, D] with one weight per row, got {z.shape} and {w.shape}")
-    if not np.isfinite(z).all() or not (w > 0).all():
+    if z.ndim != 2 or len(z) == 0:
+        raise ValueError(f"features must be [T, D], got {z.shape}")
+    return tree_of(centred_gram(z), linkage, weights)
+
+
+def centred_gram(z: NDArray) -> NDArray:
+    """Products [T, T] of the rows of z [T, D] less their mean: a common offset would drown the drift in the squares."""
+    z = z - z.mean(axis=0)
+    return z @ z.T
+
+
+def tree_of(gram: NDArray, linkage: Linkage, weights: NDArray | None = None) -> MergeTree:
+    """As `merge_tree`, from the products of its features, see `centred_gram`."""
+    T = len(gram)
+    w = np.ones(T) if weights is None else np.asarray(weights, dtype=np.float64)
+    if w.shape != (T,):
+        raise ValueError(f"{T} timesteps need one weight each, got {w.shape}")
+    if not np.isfinite(gram).all() or not (w > 0).all():
         raise ValueError("features must be finite and weights positive")
-    z = z - z.mean(axis=0)  # a common offset would drown the drift in the squares
-    gram = z @ z.T
     square = np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram  # [T, T] squared distances
-    runs = [(t, t + 1) for t in range(len(z))]
+    runs = [(t, t + 1) for t in range(T)]
     merges: list[Merge] = []
-    left_over = {len(z): 0.0}
+    left_over = {T: 0.0}
     spread = 0.0
     while len(runs) > 1:
-        costs = [_cost(z, w, square, a, b, linkage) for a, b in itertools.pairwise(runs)]
+        costs = [_cost(gram, w, square, a, b, linkage) for a, b in itertools.pairwise(runs)]
         at = int(np.argmin(costs))
         (start, middle), (_, end) = runs[at], runs[at + 1]
-        spread += _cost(z, w, square, runs[at], runs[at + 1], Linkage.WARD)
+        spread += _cost(gram, w, square, runs[at], runs[at + 1], Linkage.WARD)
         merges.append(Merge(start, middle, end, float(costs[at])))
         runs[at : at + 2] = [(start, end)]
         left_over[len(runs)] = spread
     total = left_over[1]
-    unexplained = tuple(left_over[g] / total if total > 0 else 0.0 for g in range(1, len(z) + 1))
-    return MergeTree(len(z), tuple(merges), unexplained, float(total / w.sum()))
+    unexplained = tuple(left_over[g] / total if total > 0 else 0.0 for g in range(1, T + 1))
+    return MergeTree(T, tuple(merges), unexplained, float(total / w.sum()))
 
 
-def _cost(z: NDArray, w: NDArray, square: NDArray, a: tuple[int, int], b: tuple[int, int], linkage: Linkage) -> float:
+def _cost(
+    gram: NDArray, w: NDArray, square: NDArray, a: tuple[int, int], b: tuple[int, int], linkage: Linkage
+) -> float:
     """Cost of merging runs a and b. Centroids are plain member means, as in the paper; Ward's are weighted."""
     if linkage is Linkage.AVERAGE:
         return float(square[a[0] : a[1], b[0] : b[1]].mean())
     if linkage is Linkage.CENTROID:
-        return float(np.square(z[slice(*a)].mean(axis=0) - z[slice(*b)].mean(axis=0)).sum())
+        w = np.ones(len(w))
     wa, wb = w[slice(*a)], w[slice(*b)]
-    gap = np.average(z[slice(*a)], axis=0, weights=wa) - np.average(z[slice(*b)], axis=0, weights=wb)
-    return float(wa.sum() * wb.sum() / (wa.sum() + wb.sum()) * np.square(gap).sum())
+    gap = np.zeros(len(w))  # of the two centroids, as a sum over timesteps
+    gap[slice(*a)], gap[slice(*b)] = wa / wa.sum(), -wb / wb.sum()
+    distance = max(float(gap @ gram @ gap), 0.0)
+    return distance if linkage is Linkage.CENTROID else wa.sum() * wb.sum() / (wa.sum() + wb.sum()) * distance
 
 
 def step_shift(statistics: LayerStatistics, kind: Shift) -> NDArray:
@@ -117,17 +133,17 @@ def step_shift(statistics: LayerStatistics, kind: Shift) -> NDArray:
     return statistics.mean.double().numpy()
 
 
-def model_features(layers: Mapping[str, LayerStatistics], kind: Shift = Shift.MEAN) -> NDArray:
-    """One row per timestep for a partition shared by all layers: shifts relative to each layer's half-range.
+def model_features(layers: Mapping[str, LayerStatistics], kind: Shift = Shift.MEAN) -> Iterator[NDArray]:
+    """Layer by layer one row per timestep, for a partition shared by all: shifts relative to the layer's half-range.
 
-    Every layer weighs the same, whatever its width and magnitude.
+    Every layer weighs the same, whatever its width and magnitude, but those that see nothing but sigma: inputs of one
+    value at each timestep are all drift, whatever they do to the picture.
     """
-    rows = []
-    for statistics in layers.values():
-        half_range = float((statistics.maximum - statistics.minimum).double().mean()) / 2
-        z = step_shift(statistics, kind)
-        rows.append(z / (half_range or 1.0) / np.sqrt(z.shape[1] * len(layers)))
-    return np.concatenate(rows, axis=1)
+    half_ranges = {name: float((s.maximum - s.minimum).double().mean()) / 2 for name, s in layers.items()}
+    chosen = [name for name, half_range in half_ranges.items() if half_range > 0] or list(layers)
+    for name in chosen:
+        z = step_shift(layers[name], kind)
+        yield z / (half_ranges[name] or 1.0) / np.sqrt(z.shape[1] * len(chosen))
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,10 @@ def group_model(
     if not layers:
         raise ValueError("the calibration holds no layers")
     occupancy = np.mean([s.count.numpy() for s in layers.values()], axis=0)
-    tree = merge_tree(model_features(layers, kind), linkage, np.maximum(occupancy, 1))
+    gram = np.zeros((len(sigmas), len(sigmas)))
+    for features in model_features(layers, kind):
+        gram += centred_gram(features)
+    tree = tree_of(gram, linkage, np.maximum(occupancy, 1))
     sizes = tree.sizes(tree.auto(negligible, unexplained) if groups is None else groups)
     return Grouping(groups_from_sizes(sigmas, sizes, flow, interpolate), tree, linkage, groups is None)
 

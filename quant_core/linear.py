@@ -184,10 +184,12 @@ def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> Quantize
     Keeps the shift, scale, rotation, directions and ranges of `like`, and the grid of every row that still fits it,
     so that no change gives the same codes. Correction and responses gain (weight - old) z and (weight - old) V,
     unrounded. A seed != 0 rounds stochastically: a change smaller than half a step then survives on average instead
-    of vanishing.
+    of vanishing. Raises ValueError for a weight that is not finite.
     """
     old = folded_weight(like)
     change = weight.float() - dequantize(like)
+    if not bool(torch.isfinite(change).all()):
+        raise ValueError("a LoRA or a merge puts NaN or infinity into a quantized weight; remove it")
     scale = None if like.smooth is None else like.smooth.double()
     delta = fold_linear(change, None, scale, like.hadamard).weight.float()
     grid = grid_for(old + delta, like)
@@ -200,7 +202,8 @@ def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> Quantize
         sums = decode_int4(stored["qdata"], stored["levels"])
     if like.correction is not None and like.shift is not None:
         correction = like.correction.double() + like.shift.double() @ change.double().T
-        stored["correction"] = half_if_it_fits(correction).to(like.correction.dtype)
+        fitting = half_if_it_fits(correction)
+        stored["correction"] = fitting.to(torch.promote_types(fitting.dtype, like.correction.dtype))
     if like.responses is not None and like.directions is not None:
         responses = like.responses.double() + like.directions.double() @ change.double().T
         # past fp16's reach: 1e4 times what responses are

@@ -98,7 +98,7 @@ def plan_formats(
     choices = choose(options, budget, fixed)
     total = fixed + sum(choice.nbytes for choice in choices.values())
     if all(choice.format == KEPT for choice in choices.values()):
-        raise CannotQuantize(f"the model takes {total / GB:.3g} GB in 16 bits and fits as it is; ask for less")
+        raise CannotQuantize(f"the model takes {total / GB:.3f} GB in 16 bits and fits as it is; ask for less")
     return Plan(choices, total, sum(choice.error for choice in choices.values()) ** 0.5)
 
 

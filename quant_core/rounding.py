@@ -1,6 +1,7 @@
 """Weights to integers: round to nearest, and GPTQ."""
 
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ def gptq_int4(
     rows = _rows(weight, curvature)
     scale = channel_step(weight, group_size, symmetric)
     step = rows.arranged(scale)[..., 0]  # [P, c]
+    hessian = whole_groups(hessian, group_size)
     codes = torch.empty(N, K, dtype=torch.uint8, device=weight.device)
     multiplier = torch.empty(N, K // group_size, device=weight.device)
     zero = torch.empty_like(multiplier)
@@ -97,6 +99,13 @@ def gptq_int4(
         group = torch.div(columns.start + order.order[::group_size], group_size, rounding_mode="floor")
         multiplier[:, group], zero[:, group] = rows.restored(chosen[0]), rows.restored(chosen[1])
     return codes, Int4Grid(scale, multiplier, zero, group_size)
+
+
+def whole_groups(hessian: Tensor, group_size: int) -> Tensor:
+    """Diagonal blocks [B, b, b] of K columns -> the same matrix in blocks of whole groups; the group size divides K."""
+    b = hessian.shape[1]
+    together = lcm(b, group_size) // b
+    return hessian if together == 1 else torch.stack([torch.block_diag(*part) for part in hessian.split(together)])
 
 
 def _rows(weight: Tensor, curvature: Tensor | None) -> Rows:

@@ -4,10 +4,10 @@ The gain is measured on the running model, once per layer and for every format: 
 far it moves the final latent of a short sampling. The error of a format is measured on the calibration's row samples.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,8 @@ def measure_gains(
     known: Mapping[str, float],
 ) -> Iterator[tuple[str, float]]:
     """Gain of every layer that is not `known`: energy of the final latent's relative error per unit of mean square
-    at the layer's output. Deterministic.
+    at the layer's output. Deterministic. A layer without one never ran, on no more than a token at a time, or moved the
+    latent out of its numbers.
 
     sample: () -> final latents [B, ...] of a few steps on a few prompts, always the same; called once per layer and
     twice more. weights: layer name -> loader of its [N, K] weight.
@@ -108,8 +109,9 @@ def measure_gains(
     for name in todo:
         with disturbed(layers[name], weights[name]()) as disturbance:
             moved = relative_energy(sample(), reference)
-        if disturbance.calls:
-            yield name, max(moved - floor, 0.0) / max(disturbance.energy, sys.float_info.min)
+        # one token alone has nothing that differs from the mean: it was not disturbed
+        if disturbance.energy > 0 and isfinite(moved):
+            yield name, max(moved - floor, 0.0) / disturbance.energy
 
 
 def output_error(weight: Tensor, layer: QuantizedLinear, statistics: LayerStatistics, sigmas: Sequence[float]) -> float:

@@ -11,6 +11,8 @@ from .observers import LayerStatistics
 CLIPS = tuple(share / 40 for share in range(40, 9, -1))
 # prompts that were not sampled reach further: 5 % costs little where they do not
 HEADROOM = 1.05
+# sampled rows that the range of a group is taken from
+FEWEST_ROWS = 16
 
 
 def extreme_range(
@@ -38,14 +40,21 @@ def sampled_range(
     """Symmetric step [T] of ((x - z_g) / s) H: the group's rms, times one clip for the layer.
 
     The clip minimizes the squared rounding error over all sampled rows, each relative to its group's rms; a clip
-    per group would be fitted to a handful of rows. Raises ValueError when the statistics hold no sample.
+    per group would be fitted to a handful of rows. A group of few rows borrows those of the nearest timesteps.
+    Raises ValueError when the statistics hold no sample, or hardly any.
     """
     if statistics.rows is None or statistics.row_bin is None:
         raise ValueError("calibrated without row samples, which static ranges need; calibrate again with more memory")
+    if len(statistics.rows) < FEWEST_ROWS:
+        raise ValueError(
+            f"calibrated with {len(statistics.rows)} sampled rows, static ranges need {FEWEST_ROWS}; "
+            "calibrate again with more prompts or more memory"
+        )
     relative, rms = [], []
     for g, members in enumerate(rows):
-        chosen = torch.isin(statistics.row_bin, torch.tensor(members))
-        sample = statistics.rows[chosen if bool(chosen.any()) else slice(None)]
+        # of every row, how many timesteps it is away from the group
+        away = (statistics.row_bin[:, None] - torch.tensor(members)).abs().amin(dim=1)
+        sample = statistics.rows[away <= away.kthvalue(FEWEST_ROWS).values]
         index, fraction = torch.tensor([g]), torch.zeros(1)
         x = transform(sample, shift, scale, index, fraction, hadamard)
         rms.append(x.square().mean().sqrt())

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from ...quant_core.files import replacing
 from ...quant_core.sensitivity import measure_gains
 
 log = logging.getLogger("dit_quant")
@@ -50,6 +50,5 @@ def _read(path: Path, key: str, notes: list[str]) -> dict[str, float]:
 
 def _write(path: Path, key: str, gains: Mapping[str, float]) -> None:
     """Writes beside the target and renames: an interruption leaves the last whole file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"format": FORMAT, "key": key, "gains": dict(gains)}))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, "key": key, "gains": dict(gains)}))

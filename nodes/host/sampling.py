@@ -222,7 +222,15 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
             for i in range(done, prompts):
                 outputs.at_prompt(i)
                 _sample(sampled, run, i, index * prompts + i)
-                save_progress(cache, inputs, key, i + 1, outputs)
+                try:
+                    save_progress(cache, inputs, key, i + 1, outputs)
+                except OSError as error:
+                    # later passes read what earlier ones have found from its file
+                    if len(run.plan.passes) > 1:
+                        raise
+                    note = f"not kept for another time: {error.strerror or error}"
+                    if note not in run.progress.notes:
+                        run.progress.notes.append(note)
     if len(run.plan.passes) == 1:
         return inputs, outputs
     # the next pass needs the memory: this one's statistics are read from its file as they are used

@@ -12,9 +12,10 @@ FAMILIES: tuple[Family, ...] = (SD3, WAN)
 SMALLEST = 32
 UNET = re.compile(r"(^|\.)(input_blocks\.\d+\.0\.(in_layers|op)|down_blocks\.\d+\.resnets)\b")
 NUMBERED = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.\d+\.(?P<inner>.+)$")
+MODULATION = "modulation: one token per call, and sensitive"
 KEEP = (
-    (r"(^|\.)(\w*mod(ulation)?|adaLN\w*|adaln\w*)(\.|$)", "modulation: one token per call, and sensitive"),
-    (r"(^|\.)norm\w*\.linear$", "modulation: one token per call, and sensitive"),
+    (r"(^|\.)(\w*mod(ulation|C|X|CX)?(_[xy])?|adaLN\w*|adaln\w*)(\.|$)", MODULATION),
+    (r"(^|\.)(norm\w*\.linear$|to_scale_shift_gate\.)", MODULATION),
     (r"(embed|gate_logits|router)", "embedder, gate or router"),
 )
 

@@ -85,6 +85,35 @@ def test_unknown_transformers_are_rounded_in_their_blocks_only():
     assert "tiny" in kept["blocks.0.tiny"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "double_layers.0.modC.1",
+        "double_layers.0.modX.1",
+        "single_layers.3.modCX.1",
+        "blocks.0.mod_x",
+        "blocks.0.mod_y",
+        "transformer.layers.3.to_scale_shift_gate.1",
+        "double_blocks.0.img_mod.lin",
+        "single_blocks.0.modulation.lin",
+        "blocks.0.adaln_modulation_self_attn.1",
+        "blocks.0.adaLN_modulation_img.0",
+        "transformer_blocks.0.txt_mod.1",
+        "blocks.0.default_modulation.1",
+        "transformer_blocks.0.norm1.linear",
+    ],
+)
+def test_modulation_of_any_model_is_kept(name):
+    chosen, kept, _ = select_layers({name: (64, 64), "blocks.0.mlp.fc1": (64, 64)}, [f"{name}.weight"])
+    assert chosen == ["blocks.0.mlp.fc1"]
+    assert "modulation" in kept[name]
+
+
+@pytest.mark.parametrize("name", ["blocks.0.model.fc", "blocks.0.modern", "blocks.0.mode_x", "layers.1.mlp.scale_up"])
+def test_names_that_begin_alike_are_rounded(name):
+    assert select_layers({name: (64, 64)}, [f"{name}.weight"])[0] == [name]
+
+
 def test_a_unet_and_a_model_without_blocks_are_refused():
     with pytest.raises(NotADiT, match="UNet"):
         select_layers({"blocks.0.fc": (64, 64)}, ["input_blocks.1.0.in_layers.2.weight"])

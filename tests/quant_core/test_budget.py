@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 from dit_quant.quant_core.budget import GB, Choice, OverBudget, choose, lower_hull
@@ -106,6 +107,14 @@ def test_the_hull_drops_what_nothing_prefers():
 
 def test_impossible_budget_names_the_numbers():
     options = {"a": [Choice("4", GB, 1.0)], "b": [Choice("4", 2 * GB, 1.0), Choice("8", 4 * GB, 0.0)]}
-    with pytest.raises(OverBudget, match=r"3.5 GB wanted, the smallest choice needs 4 GB, of which 2 GB"):
+    with pytest.raises(OverBudget, match=r"3.500 GB wanted, the smallest choice needs 4.000 GB, of which 2.000 GB"):
         choose(options, 7 * GB // 2, fixed=GB)
     assert nbytes(choose(options, 4 * GB, fixed=GB)) == 3 * GB
+
+
+@pytest.mark.parametrize("nbytes", [1, 12345, GB - 1, GB, GB + 1, 12 * GB + 345])
+def test_what_a_refusal_asks_for_is_enough(nbytes):
+    with pytest.raises(OverBudget) as refusal:
+        choose({"a": [Choice("4", nbytes, 1.0)]}, nbytes - 1)
+    asked = float(re.search(r"needs ([\d.]+) GB", str(refusal.value))[1])
+    assert choose({"a": [Choice("4", nbytes, 1.0)]}, int(asked * GB))

@@ -2,10 +2,21 @@
 
 import itertools
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from dit_quant.quant_core.checkpoint import CONFIG_KEY, SUFFIXES, is_ours, layer_from_tensors, layer_tensors
+from dit_quant.quant_core.checkpoint import (
+    CONFIG_KEY,
+    POSITIVE,
+    SUFFIXES,
+    check_layer,
+    is_ours,
+    layer_from_tensors,
+    layer_tensors,
+    parse_config,
+)
 from dit_quant.quant_core.convert import LayerInput, quantize_weight
 from dit_quant.quant_core.files import DamagedFile, read_tensors, write_tensors
 from dit_quant.quant_core.schemes import PRESETS, ActivationArgs, Granularity, Scale, Shift, WeightArgs
@@ -134,11 +145,13 @@ def edited(scheme=FULL, **changes):
         ({"tensors": None}, "incomplete"),
         ({"tensors": ["qdata", "magic"]}, "incomplete"),
         ({"tensors": ["qdata", "scale", "multiplier", "zero"]}, "incomplete"),
-        (
-            {"tensors": ["qdata", "scale", "levels", "smooth", "shift"]},
-            "a shift needs its correction .*weight_correction",
-        ),
-        ({"tensors": ["qdata", "scale", "smooth"]}, "declared dit_quant_w4a8"),
+        ({"tensors": ["qdata", "scale", "levels", "smooth", "shift"]}, "does not name the tensor .*weight_correction"),
+        ({"tensors": ["qdata", "scale", "smooth"]}, "does not name the tensor .*weight_levels"),
+        ({"hadamard": 64.0}, "wrong"),
+        ({"hadamard": True}, "wrong"),
+        ({"hadamard": math.inf}, "wrong"),
+        ({"symmetric": "false"}, "wrong"),
+        ({"groups": {"edges": [0.1], "centres": [10**400, 0], "flow": True, "interpolate": False}}, "wrong"),
         ({"symmetric": False}, "weight_column_sum"),
     ],
     ids=itertools.count(),
@@ -187,3 +200,49 @@ def test_without_its_config_a_layer_is_refused():
     del tensors[f"{NAME}.{CONFIG_KEY}"]
     with pytest.raises(DamagedFile, match=f"{NAME}.{CONFIG_KEY} is missing"):
         layer_from_tensors(NAME, tensors, (N, K))
+
+
+TABLES = [(s, field) for s, field in ALL_FIELDS if getattr(layer_of(SCHEMES[s]), field).is_floating_point()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("scheme", "field"), TABLES)
+def test_a_table_that_is_not_finite_is_refused_by_name(scheme, field, value):
+    tensors = layer_tensors(NAME, layer_of(SCHEMES[scheme]))
+    key = f"{NAME}.{SUFFIXES[field]}"
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[-1] = value
+    with pytest.raises(DamagedFile, match=f"{key}: holds NaN or infinity"):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+@pytest.mark.parametrize(("scheme", "field"), [case for case in TABLES if case[1] in POSITIVE])
+def test_a_scale_that_is_not_positive_is_refused_by_name(scheme, field, value):
+    tensors = layer_tensors(NAME, layer_of(SCHEMES[scheme]))
+    key = f"{NAME}.{SUFFIXES[field]}"
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[0] = value
+    with pytest.raises(DamagedFile, match=f"{key}: holds {value:g}, but scales are positive"):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+@pytest.mark.parametrize(("lost", "message"), [("static_scale", "fixed zero points"), ("static_zero", "fixed ranges")])
+def test_half_of_a_fixed_range_is_refused(lost, message):
+    tensors = edited(SCHEMES["htg_paper"], tensors=[f for f in fields_of(SCHEMES["htg_paper"]) if f != lost])
+    del tensors[f"{NAME}.{SUFFIXES[lost]}"]
+    with pytest.raises(DamagedFile, match=message):
+        layer_from_tensors(NAME, tensors, (N, K))
+
+
+def test_an_odd_width_does_not_pass_for_the_even_one_below():
+    one_group = replace(layer_of(FULL), levels=torch.full((N, 1), 24, dtype=torch.uint8))
+    with pytest.raises(DamagedFile, match=f"K={K + 1} is odd"):
+        check_layer(NAME, one_group, (N, K + 1), "dit_quant_w4a8")
+
+
+def test_json_that_is_nested_without_end_is_refused():
+    raw = torch.frombuffer(bytearray(b"[" * 200_000), dtype=torch.uint8)
+    assert not is_ours(raw)
+    with pytest.raises(DamagedFile, match="is not JSON"):
+        parse_config(NAME, raw)

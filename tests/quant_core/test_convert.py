@@ -139,9 +139,23 @@ def test_a_damaged_weight_is_refused_not_skipped(preset, bad):
 
 
 def test_a_model_with_nothing_to_round_is_refused():
-    for weights, skip in (({}, {}), (weights_of({"a": (7, 64)}), {"a": "outside"}), (weights_of({"a": (7, 33)}), {})):
-        with pytest.raises(CannotQuantize, match="no Linear of this model can be quantized"):
-            quantize(weights, "rtn_w4a8", skip=skip)
+    with pytest.raises(CannotQuantize, match="no DiT blocks"):
+        quantize({}, "rtn_w4a8")
+    weights = weights_of({"a": (7, 64), "b": (7, 33), "c": (7, 35)})
+    with pytest.raises(CannotQuantize) as refusal:
+        quantize(weights, "rtn_w4a8", skip={"a": "outside", "c": "outside"})
+    assert str(refusal.value) == (
+        "no layer of this model was quantized: 2 layers such as a: outside; "
+        "b: K=33 is not divisible by any group size; skip this layer"
+    )
+
+
+def test_presets_that_need_no_calibration_take_no_notice_of_one():
+    weights, other = weights_of({"a": (7, 64)}), weights_of({"z": (7, 64)})
+    layers, report = quantize(weights, "rtn_w8a8", calibration_of(other, covariance=64))
+    alone, expected = quantize(weights, "rtn_w8a8")
+    assert report == expected
+    assert torch.equal(layers["a"].qdata, alone["a"].qdata)
 
 
 def test_layers_missing_from_the_calibration_are_listed():

@@ -1,8 +1,11 @@
 """Files: an old one survives every failure, a damaged one is refused before a tensor is read."""
 
 import json
+import os
 import shutil
+import stat
 import struct
+import time
 from collections import namedtuple
 
 import pytest
@@ -82,7 +85,7 @@ def test_a_full_disk_is_refused_before_writing(path, monkeypatch):
     before = path.read_bytes()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(100, 90, 10))
-    with pytest.raises(OSError, match=r"model\.safetensors needs .* MB, the disk has 0 MB left"):
+    with pytest.raises(OSError, match=r"model\.safetensors needs .* MB, the disk of .*new folder has 0 MB left"):
         write_tensors(path, TENSORS, {"which": "new"})
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -136,3 +139,33 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "nothing.safetensors", tmp_path):
         with pytest.raises(DamagedFile, match="cannot be read"):
             read_header(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_file_has_the_permissions_that_any_new_file_has_and_keeps_those_it_had(path):
+    write_tensors(path, TENSORS, {})
+    usual = path.parent / "usual"
+    usual.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+    path.chmod(0o640)
+    write_tensors(path, TENSORS, {})
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(path):
+    path.parent.mkdir(parents=True)
+    names = {"left": f".{path.name}.1.tmp", "running": f".{path.name}.2.tmp", "other": ".other.safetensors.1.tmp"}
+    files_of = {kind: path.parent / name for kind, name in names.items()}
+    for kind, file in files_of.items():
+        file.touch()
+        if kind != "running":
+            os.utime(file, (time.time() - 2 * files.ABANDONED,) * 2)
+    write_tensors(path, TENSORS, {})
+    assert {kind for kind, file in files_of.items() if file.exists()} == {"running", "other"}
+
+
+def test_a_header_that_is_nested_without_end_is_refused(tmp_path):
+    nested = tmp_path / "nested.safetensors"
+    nested.write_bytes(raw_file(b"[" * 200_000))
+    with pytest.raises(DamagedFile, match="header is not JSON"):
+        read_header(nested)

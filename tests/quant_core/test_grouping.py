@@ -1,17 +1,21 @@
 """Clustering of adjacent timesteps against brute force, and the partitions made of it."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from dit_quant.quant_core.grouping import (
     Linkage,
+    centred_gram,
     group_layer_paper,
     group_model,
     members,
     merge_tree,
     model_features,
     step_shift,
+    tree_of,
 )
 from dit_quant.quant_core.schemes import Shift
 from dit_quant.quant_core.timesteps import TimestepGroups
@@ -120,7 +124,7 @@ def test_impossible_cuts_are_refused(groups):
     [
         (np.zeros((0, 3)), None, "features must be"),
         (np.zeros(3), None, "features must be"),
-        (np.zeros((3, 2)), np.ones(2), "one weight per row"),
+        (np.zeros((3, 2)), np.ones(2), "one weight each"),
         (np.full((3, 2), np.nan), None, "finite"),
         (np.zeros((3, 2)), np.zeros(3), "positive"),
     ],
@@ -141,15 +145,19 @@ def test_step_shifts_are_those_of_the_raw_samples():
         np.testing.assert_allclose(mean[t], x.mean(axis=0), rtol=2**-23, atol=1e-7)
 
 
+def features_of(layers):
+    return np.concatenate([*model_features(layers)], axis=1)
+
+
 def test_every_layer_weighs_the_same_whatever_its_width_and_unit():
     narrow, wide = drift(7, 5, seed=1), drift(100, 5, seed=1)
     louder = drift(7, 5, seed=1)
     louder = type(louder)(louder.sigmas, tuple(1000 * x for x in louder.samples))
     np.testing.assert_allclose(
-        model_features({"a": narrow.statistics()}), model_features({"a": louder.statistics()}), rtol=1e-4, atol=1e-6
+        features_of({"a": narrow.statistics()}), features_of({"a": louder.statistics()}), rtol=1e-4, atol=1e-6
     )
-    both = model_features({"a": narrow.statistics(), "b": wide.statistics()})
-    alone = [model_features({"l": x.statistics()}) for x in (narrow, wide)]
+    both = features_of({"a": narrow.statistics(), "b": wide.statistics()})
+    alone = [features_of({"l": x.statistics()}) for x in (narrow, wide)]
     square = lambda f: np.square(f[0] - f[-1]).sum()  # noqa: E731
     assert square(both) == pytest.approx((square(alone[0]) + square(alone[1])) / 2)
 
@@ -182,3 +190,27 @@ def test_members_partition_the_timesteps_and_no_group_is_empty():
     assert members(sigmas, TimestepGroups((0.5,), (0.8, 0.2))) == [[0, 1], [2, 3]]
     # no calibrated sigma lies in 0.45 <= sigma < 0.6: the one nearest to its centre stands in
     assert members(sigmas, TimestepGroups((0.6, 0.45), (0.8, 0.5, 0.2))) == [[0, 1], [2], [2, 3]]
+
+
+def test_a_layer_that_sees_nothing_but_sigma_has_no_say():
+    """One value at each timestep: its mean drifts and its range is none, so that no measure compares the two."""
+    found = drift(33, 9)
+    statistics = found.statistics()
+    only = np.sin(np.arange(9)[:, None] * np.arange(5) * 3.0) * 50
+    alone = replace(
+        statistics, mean=torch.tensor(only), minimum=torch.tensor(only).float(), maximum=torch.tensor(only).float()
+    )
+    expected = group_model(found.sigmas, {"a": statistics})
+    assert group_model(found.sigmas, {"a": statistics, "embedded": alone}).groups == expected.groups
+    # where there is no other layer it is all there is to go by
+    assert group_model(found.sigmas, {"embedded": alone}).tree.drift > 0
+
+
+def test_a_wide_model_is_grouped_without_all_of_it_in_memory_at_once():
+    found = drift(64, 12)
+    layers = {str(i): found.statistics() for i in range(5)}
+    whole = merge_tree(features_of(layers), Linkage.WARD)
+    grams = sum(centred_gram(part) for part in model_features(layers))
+    tree = tree_of(grams, Linkage.WARD)
+    assert [(m.start, m.middle, m.end) for m in tree.merges] == [(m.start, m.middle, m.end) for m in whole.merges]
+    np.testing.assert_allclose(tree.unexplained, whole.unexplained, rtol=1e-12, atol=1e-15)

@@ -308,3 +308,24 @@ def test_sizes_and_features_come_from_the_tensors():
     assert layer.levels.shape == (7, 12)
     assert layer.nbytes == sum(t.numel() * t.element_size() for t in layer.tensors().values())
     assert layer.map(lambda t: t.clone()).tensors().keys() == layer.tensors().keys()
+
+
+def test_a_correction_that_outgrows_half_precision_stays_whole():
+    layer, _, _ = layer_of(PRESETS["W8A8 fast"], GROUPS)
+    layer = replace(layer, shift=torch.full_like(layer.shift, 2000.0))
+    assert layer.correction.dtype is torch.float16
+    weight = dequantize(layer) + 1.0
+    again = requantize(weight, layer)
+    assert again.correction.dtype is torch.float32
+    expected = layer.correction.double() + layer.shift.double() @ (weight - dequantize(layer)).double().T
+    assert expected.abs().max() > 65504
+    torch.testing.assert_close(again.correction.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_change_that_is_not_finite_is_refused(value):
+    layer, _, _ = layer_of(PRESETS["W8A8"], GROUPS)
+    weight = dequantize(layer)
+    weight[3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        requantize(weight, layer)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from dit_quant.quant_core.architectures.sd3 import SD3
@@ -47,7 +48,9 @@ def steps(size, cut):
 
 
 def drift_of(found):
-    return merge_tree(model_features(found.layers), group_model(SIGMAS, found.layers).linkage).drift
+    return merge_tree(
+        np.concatenate([*model_features(found.layers)], axis=1), group_model(SIGMAS, found.layers).linkage
+    ).drift
 
 
 def test_layers_of_their_own_groups_get_those_of_auto_on_each_alone():

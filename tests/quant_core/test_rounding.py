@@ -1,12 +1,16 @@
 """GPTQ follows its definition, beats rounding to nearest where it should, and is it where nothing correlates."""
 
+import math
+
 import pytest
 import torch
 from dit_quant.kernels.numerics import pack_int4
 from dit_quant.quant_core import rounding
 from dit_quant.quant_core.grid import SHRINK, channel_step, fit_levels, int4_grid, int8_grid, nearest_level
+from dit_quant.quant_core.memory import COVARIANCE_LIMITS
+from dit_quant.quant_core.observers import covariance_block
 from dit_quant.quant_core.rounding import GPTQ_DAMP, gptq_int4, gptq_int8, round_nearest, round_weight
-from dit_quant.quant_core.schemes import Rounding, WeightArgs
+from dit_quant.quant_core.schemes import Rounding, WeightArgs, group_size_for
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -267,3 +271,37 @@ def test_the_inputs_are_left_alone():
     gptq_int4(weight, H, 4, False, curvature=C)
     gptq_int8(weight, H, int8_grid(weight), C)
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+
+
+def test_groups_that_reach_over_blocks_are_those_of_the_moment_in_one_block():
+    """Memory decides how wide blocks are, the artist how wide groups: neither asks the other."""
+    weight, blocks = normal(7, 96, seed=1), torch.stack([moments(32, seed) for seed in (1, 4, 7)])
+    codes, grid = gptq_int4(weight, blocks, 24, False)
+    whole, whole_grid = gptq_int4(weight, torch.block_diag(*blocks)[None], 24, False)
+    assert torch.equal(codes, whole)
+    assert_same_grid(grid, whole_grid)
+
+
+def test_every_group_size_of_the_node_fits_the_blocks_of_every_width():
+    for K in (1152, 1440, 1536, 1920, 2304, 2432, 3072, 3360, 3840, 4096, 4220, 5120, 10240, 12288, 13824, 15360):
+        for limit in COVARIANCE_LIMITS:
+            b = covariance_block(K, limit)
+            for wanted in range(16, 257, 16):
+                size = group_size_for(K, wanted)
+                assert K % math.lcm(b, size) == 0
+
+
+def test_columns_that_never_vary_do_not_decide_the_levels():
+    """Their error reaches no output, in whatever unit the activations are."""
+    weight, dead = normal(33, 64, seed=1), torch.arange(0, 64, 2)
+    weight[:, dead] *= 20
+    live = torch.ones(64, dtype=torch.bool)
+    live[dead] = False
+    lost = []
+    for unit in (1e-4, 1.0, 1e4):
+        H = moments(64, 3) * unit
+        H[dead], H[:, dead] = 0, 0
+        codes, grid = gptq_int4(weight, H[None], 16, False)
+        E = (weight - grid.decode(codes, 0))[:, live].double()
+        lost.append(float((E @ H[live][:, live] * E).sum() / unit))
+    assert max(lost) < 1.01 * min(lost)

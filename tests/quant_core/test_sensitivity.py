@@ -111,6 +111,20 @@ def test_a_layer_that_never_runs_has_no_gain():
     assert dict(measure_gains(layers, weights, lambda: model[0](x)[None], {})).keys() == {"runs"}
 
 
+def test_a_layer_that_cannot_be_judged_has_no_gain():
+    """One token is its own mean, and a latent beyond all numbers tells nothing: neither is a reason for few bits."""
+    model, x = chain(1.0, 1.0, 1.0), normal(20, 64)
+    layers = {"judged": model[0], "one token": model[1], "overflows": model[2]}
+    weights = {name: layer.weight.detach for name, layer in layers.items()}
+    reference = model[2](x)
+
+    def sample():
+        beyond = 1.0 if torch.equal(model[2](x), reference) else float("nan")
+        return ((model[0](x) + model[1](x[:1])) * beyond)[None]
+
+    assert [name for name, _ in measure_gains(layers, weights, sample, {})] == ["judged"]
+
+
 def test_the_rounding_of_the_model_itself_is_taken_off():
     """In bf16 a layer that does nothing moves the result as far as any change does: no gain."""
     model, x = chain(1.0, 1e-4).bfloat16(), normal(400, 64).bfloat16()

@@ -10,7 +10,7 @@ from dit_quant.quant_core.convert import CannotQuantize, LayerInput, quantize_we
 from dit_quant.quant_core.observers import LayerStatistics
 from dit_quant.quant_core.schemes import PRESETS, Shift
 from dit_quant.quant_core.shift_scale import group_shift, paper_scale
-from dit_quant.quant_core.static_range import CLIPS, HEADROOM, extreme_range, sampled_range
+from dit_quant.quant_core.static_range import CLIPS, FEWEST_ROWS, HEADROOM, extreme_range, sampled_range
 from dit_quant.quant_core.timesteps import TimestepGroups
 from drift import drift
 
@@ -166,6 +166,24 @@ def test_a_group_without_rows_takes_those_of_all():
     assert step[0] < step[1] < step[2]
     rms = torch.cat(inputs).half().float().square().mean().sqrt() / inputs[0].half().float().square().mean().sqrt()
     torch.testing.assert_close(step[1] / step[0], rms, rtol=1e-6, atol=0)
+
+
+def test_a_group_of_few_rows_takes_those_of_the_nearest_timesteps_too():
+    """The rms of a row or two may be off by any factor."""
+    inputs = [normal(4, 64, seed=t) * (10.0 if t > 5 else 1.0) for t in range(12)]
+    s = sample_of(inputs)
+    step = sampled_range(s, [[t] for t in range(12)], None, None, 1)
+    # timesteps 0 to 3 hold what the ranges of 0 and of 1 need; those of 9 to 11 what 10 and 11 do
+    near = [torch.cat(inputs[:4]), torch.cat(inputs[:4]), torch.cat(inputs[8:]), torch.cat(inputs[8:])]
+    rms = torch.stack([x.half().float().square().mean().sqrt() for x in near])
+    torch.testing.assert_close(step[[0, 1, 10, 11]] / step[0], rms / rms[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, FEWEST_ROWS - 1])
+def test_hardly_any_rows_are_refused_with_their_number(count):
+    with pytest.raises(ValueError, match=rf"calibrated with {count} sampled rows, static ranges need {FEWEST_ROWS}"):
+        sampled_range(sample_of([normal(count, 64)]), [[0]], None, None, 1)
+    assert sampled_range(sample_of([normal(FEWEST_ROWS, 64)]), [[0]], None, None, 1) > 0
 
 
 def test_a_dead_layer_gets_usable_steps():
