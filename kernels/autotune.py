@@ -7,7 +7,6 @@ JSON file under the user's cache folder; DIT_QUANT_AUTOTUNE_CACHE names another 
 
 import json
 import logging
-import math
 import os
 import statistics
 import tempfile
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .backends import first_line
+from .dispatch import cannot_launch
 from .tiles import bucket_of
 from .user_cache import user_cache
 
@@ -64,7 +65,7 @@ def tuned_tile(
     with lock:
         if (tile := chosen.get(key)) is not None:
             return tile
-        stored = read(cache_file()).get(key)
+        stored = known(cache_file()).get(key)
         tile = next((option for option in options if vars(option) == stored), None)
         if tile is None:
             tile = fastest(key, options, launch, timer or device_seconds)
@@ -80,24 +81,22 @@ def key_of(op: str, device: torch.device, capability: int, M: int, N: int, K: in
 
 
 def fastest(key: str, options: tuple[Tile, ...], launch: Callable[[Tile], None], timer: Callable) -> Tile:
-    """The option of least time, with all times logged; one that does not fit the card counts as endless."""
-    seconds = {tile: measured(lambda tile=tile: launch(tile), timer) for tile in options}
-    for tile, time in seconds.items():
-        logger.info("autotune: %s: %.1f us with %s", key, 1e6 * time, tile)
-    best = min(seconds, key=lambda tile: seconds[tile])
-    if math.isinf(seconds[best]):
-        raise RuntimeError(f"none of the {len(options)} tiles fits this card; unset {SWITCH}")
-    return best
-
-
-def measured(call: Callable[[], None], timer: Callable) -> float:
-    try:
-        return timer(call)
-    except Exception as error:
-        # Triton's own class, which cannot be imported here
-        if type(error).__name__ != "OutOfResources":
-            raise
-        return math.inf
+    """The option of least time, with all times logged; those that cannot be launched on the card are left out."""
+    seconds: dict[Tile, float] = {}
+    failed: Exception | None = None
+    for tile in options:
+        try:
+            seconds[tile] = timer(lambda tile=tile: launch(tile))
+        except Exception as error:
+            if not cannot_launch(error):
+                raise
+            failed = error
+            logger.info("autotune: %s: %s: %s with %s", key, type(error).__name__, first_line(error), tile)
+        else:
+            logger.info("autotune: %s: %.1f us with %s", key, 1e6 * seconds[tile], tile)
+    if not seconds:
+        raise RuntimeError(f"none of the {len(options)} tiles can be launched on this card; unset {SWITCH}") from failed
+    return min(seconds, key=lambda tile: seconds[tile])
 
 
 def device_seconds(call: Callable[[], None]) -> float:
@@ -114,7 +113,8 @@ def device_seconds(call: Callable[[], None]) -> float:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Stored results, fields of tiles; none, with a warning, where the file is not one of ours."""
+    """Stored results, fields of tiles; none, with a warning, where the file is not one of ours. Raises OSError where
+    there is one that cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != VERSION:
@@ -122,16 +122,25 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {key: dict(fields) for key, fields in content["tiles"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("autotune cache %s is not readable (%s) and will be written anew", path, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("autotune cache %s is not one of ours (%s) and will be written anew", path, error)
+        return {}
+
+
+def known(path: Path) -> dict[str, dict[str, Any]]:
+    """As `read`; nothing, with a warning, where the file cannot be read now."""
+    try:
+        return read(path)
+    except OSError as error:
+        logger.warning("autotune cache %s cannot be read (%s)", path, error)
         return {}
 
 
 def write(path: Path, key: str, tile: Any) -> None:
     """Adds one result to what the file holds by now. Atomic: a reader sees the old file or the new one."""
-    tiles = dict(sorted({**read(path), key: vars(tile)}.items()))
     temporary = None
     try:
+        tiles = dict(sorted({**read(path), key: vars(tile)}.items()))
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             temporary = file.name

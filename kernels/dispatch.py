@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ ENVIRONMENT = "DIT_QUANT_BACKEND"
 # of errors that come from an earlier kernel, or that the host handles: another backend must not hide them
 NOT_OURS = (
     "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "defaultcpuallocator",
     "alloc_failed",
     "execution_failed",
     "illegal memory access",
@@ -36,11 +40,12 @@ class Choice:
 
 # (op, device, dtype, bucket of M, K, N, group size, hadamard, symmetric, static, asked backend): Shape's order
 Key = tuple
-_ready: dict[Key, Callable] = {}
+_ready: dict[Key, tuple[str, Callable]] = {}
 _choices: dict[Key, Choice] = {}
 _ran: dict[Key, Choice] = {}
 _failed: dict[Key, dict[str, str]] = {}
 _warned: set[str] = set()
+_replacing = threading.Lock()
 
 
 def bucket(M: int) -> int:
@@ -73,27 +78,25 @@ def reset() -> None:
 
 def run(key: Key, *args, **kwargs):
     """Calls the chosen implementation; one that cannot be launched is replaced by the next, for good."""
-    function = _ready.get(key)
-    if function is None:
-        function = _prepare(key)
+    backend, function = _ready.get(key) or _prepare(key)
     try:
         return function(*args, **kwargs)
     except Exception as error:
         if not cannot_launch(error):
             raise
-        return _run_next(key, error, args, kwargs)
+        return _run_next(key, backend, error, args, kwargs)
 
 
 def backend_of(key: Key) -> str:
     """The backend that `run` would call, as one that ran: the caller is about to call it."""
-    if key not in _ready:
-        _prepare(key)
-    return _ran[key].backend
+    backend, _ = _ready.get(key) or _prepare(key)
+    return backend
 
 
 def cannot_launch(error: Exception) -> bool:
     """Whether an error says that a kernel could not be compiled or launched: no earlier work is at fault."""
-    if isinstance(error, torch.OutOfMemoryError | getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):
+    accelerator = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | accelerator):
         return False
     message = str(error).lower()
     return not any(phrase in message for phrase in NOT_OURS)
@@ -124,37 +127,48 @@ def _choose(key: Key) -> Choice:
 
 def _refusal(name: str, shape: Shape) -> str | None:
     found = load(shape.op, name)
-    return found.refusal(shape) if isinstance(found, Implementation) else found
+    if not isinstance(found, Implementation):
+        return found
+    try:
+        return found.refusal(shape)
+    except Exception as error:  # what it stands on is installed, and broken
+        return f"cannot be asked: {type(error).__name__}: {first_line(error)}"
 
 
-def _prepare(key: Key) -> Callable:
+def _prepare(key: Key) -> tuple[str, Callable]:
+    """The backend that runs, and its function."""
     choice = _choose(key)
     found = load(choice.op, choice.backend)
     assert isinstance(found, Implementation)
-    _ready[key], _ran[key] = found.function, choice
-    return found.function
+    _ready[key], _ran[key] = (choice.backend, found.function), choice
+    return _ready[key]
 
 
-def _run_next(key: Key, error: Exception, args: tuple, kwargs: dict):
-    """After a failed launch: the next backends in turn. When all fail the arguments are at fault, not the backends:
-    the first error is raised and nothing is held against anyone."""
+def _run_next(key: Key, broken: str, error: Exception, args: tuple, kwargs: dict):
+    """After `broken` failed at launch: the next backends in turn. When all fail the arguments are at fault, not the
+    backends: the first error is raised and nothing is held against anyone."""
     known, first = dict(_failed.get(key, {})), error
     while True:
-        broken = _choices[key].backend
         if broken == "reference":
             _forget(key, known)
             raise first
-        _forget(key, _failed.get(key, {}) | {broken: f"failed at launch: {type(error).__name__}: {first_line(error)}"})
+        with _replacing:
+            failed = _failed.get(key, {})
+            # another thread may have met the same, and replaced it
+            if broken not in failed:
+                reason = f"failed at launch: {type(error).__name__}: {first_line(error)}"
+                _forget(key, failed | {broken: reason})
+            broken, function = _prepare(key)
+            choice = _ran[key]
         try:
-            result = _prepare(key)(*args, **kwargs)
+            result = function(*args, **kwargs)
         except Exception as another:
             if not cannot_launch(another):
                 raise
             error = another
             continue
-        choice = _choices[key]
         for name, reason in choice.refusals:
-            if name in _failed[key] and name not in known:
+            if name in _failed.get(key, {}) and name not in known:
                 _warn(f"{choice.op}: {name} {reason}; {choice.backend} runs instead")
         return result
 

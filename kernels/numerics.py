@@ -12,10 +12,11 @@ MULTIPLIER_MAX = 15
 
 
 def safe_scale(extent: Tensor, qmax: float) -> Tensor:
-    """extent >= 0 -> fp32 step extent / qmax; a zero extent gets step 1, so that its codes are 0."""
+    """extent >= 0 -> fp32 step extent / qmax; a zero extent gets step 1, so that its codes are 0. NaN stays, and
+    reaches the output."""
     # a tensor, not a number: CUDA would multiply by the reciprocal of a number, one bit off
     step = extent.float() / torch.full((), qmax, device=extent.device)
-    return torch.where(step > torch.finfo(torch.float32).tiny, step, torch.ones_like(step))
+    return torch.where(step <= torch.finfo(torch.float32).tiny, torch.ones_like(step), step)
 
 
 def round_clamp(x: Tensor, low: float, high: float) -> Tensor:

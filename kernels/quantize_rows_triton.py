@@ -12,6 +12,7 @@ from .quantizing_triton import (
     column_tables,
     encode,
     gelu,
+    larger,
     load_rows,
     mirrored,
     normalise,
@@ -19,6 +20,7 @@ from .quantizing_triton import (
     round_even,
     safe_scale,
     sigmoid_product,
+    smaller,
     table_row,
     table_row_again,
     table_value,
@@ -264,8 +266,8 @@ def quantize_rows(
         if RANGE == "symmetric":
             extent = tl.abs(transformed[0])
             for chunk in tl.static_range(1, CHUNKS):
-                extent = tl.maximum(extent, tl.abs(transformed[chunk]))
-            scale = safe_scale(tl.max(extent, axis=1), 127.0)
+                extent = larger(extent, tl.abs(transformed[chunk]))
+            scale = safe_scale(tl.reduce(extent, 1, larger), 127.0)
             inverse = tl.div_rn(1.0, scale)
         elif RANGE == "asymmetric":
             # only the last chunk can reach beyond K
@@ -274,10 +276,10 @@ def quantize_rows(
             low = tl.where(within, last, float("inf")) if PADDED else last
             high = tl.where(within, last, float("-inf")) if PADDED else last
             for chunk in tl.static_range(CHUNKS - 1):
-                low = tl.minimum(low, transformed[chunk])
-                high = tl.maximum(high, transformed[chunk])
+                low = smaller(low, transformed[chunk])
+                high = larger(high, transformed[chunk])
             # one reduction for both ends
-            high, low = tl.split(tl.max(tl.join(high, -low), axis=1))
+            high, low = tl.split(tl.reduce(tl.join(high, -low), 1, larger))
             scale, inverse, zero = asymmetric_range(-low, high)
         if RANGE != "static":
             tl.store(scale_ptr + rows, scale, mask=inside)
@@ -370,14 +372,14 @@ def quantize_long_rows(
                 start, up_start, shift_ptr, smooth_ptr, directions_ptr, coordinates_ptr, row, index, fraction, T, K,
                 columns, PROLOGUE, ORDER, RANK, VECTOR,
             )  # fmt: skip
-            low = tl.where(columns < K, tl.minimum(low, y), low)
-            high = tl.where(columns < K, tl.maximum(high, y), high)
+            low = tl.where(columns < K, smaller(low, y), low)
+            high = tl.where(columns < K, larger(high, y), high)
         if RANGE == "symmetric":
-            scale = safe_scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high))), 127.0)
+            scale = safe_scale(tl.reduce(larger(tl.abs(low), tl.abs(high)), None, larger), 127.0)
             inverse = tl.div_rn(1.0, scale)
             zero = 0.0
         else:
-            scale, inverse, zero = asymmetric_range(tl.min(low), tl.max(high))
+            scale, inverse, zero = asymmetric_range(tl.reduce(low, None, smaller), tl.reduce(high, None, larger))
             tl.store(zero_ptr + row, zero)
         tl.store(scale_ptr + row, scale)
     for first in range(0, K, WIDTH):

@@ -64,8 +64,8 @@ class QuantizerOp:
             named = dict(zip(names, given[count:], strict=True))
             codes, scale, zero = function(*given[:count], **named)
             if named["static_scale"] is not None:
-                # one value for all tokens, whichever strides the backend gave its [M, 1]
-                scale, zero = scale[0].reshape(1, 1), None if zero is None else zero[0].reshape(1, 1)
+                # one value for all tokens, whichever strides the backend gave its [M, 1]; any value for no tokens
+                scale, zero = one_of(scale), None if zero is None else one_of(zero)
             # torch ops keep the strides of a transposed x
             return codes.contiguous(), scale, scale.new_empty(0) if zero is None else zero
 
@@ -83,3 +83,8 @@ class QuantizerOp:
 
 def has_zero(symmetric: bool, static_scale: Tensor | None, static_zero: Tensor | None) -> bool:
     return not symmetric if static_scale is None else static_zero is not None
+
+
+def one_of(values: Tensor) -> Tensor:
+    """[M, 1], all the same -> [1, 1] of its own."""
+    return (values[0] if len(values) else values.new_ones(1)).reshape(1, 1)

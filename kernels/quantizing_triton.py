@@ -102,7 +102,18 @@ def mirrored(columns, ORDER: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def safe_scale(extent, QMAX: tl.constexpr):
     step = tl.div_rn(extent, QMAX)
-    return tl.where(step > TINY, step, 1.0)
+    return tl.where(step <= TINY, 1.0, step)
+
+
+@triton.jit
+def larger(a, b):
+    """A NaN is larger than anything: tl.max would lose it, and with it that the row is broken."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

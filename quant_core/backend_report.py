@@ -13,7 +13,7 @@ from .linear import QuantizedLinear, quant_linear
 from .report import QuantReport
 from .timesteps import TimestepState
 
-# tokens of a picture of 1024 x 1024: what a choice is planned for
+# tokens of a picture of 1024 x 1024
 TOKENS = 4096
 CPU_TOKENS = 256
 # seconds that each side of a comparison may take; one run is made in any case
@@ -61,10 +61,11 @@ class Comparison:
 
 
 def plan_layer(
-    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, backend: str = "auto", tokens: int = TOKENS
+    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, backend: str = "auto", tokens: int | None = None
 ) -> LayerPlan:
     """The backends of a layer whose input and output are of `dtype`. The same shapes as `quant_linear` asks for."""
     N, K = layer.features
+    tokens = tokens or tokens_on(device)
     static = layer.static_scale is not None
     symmetric = layer.static_zero is None if static else layer.symmetric
     op = "quantize_activation" if layer.directions is None else "quantize_along"
@@ -72,6 +73,11 @@ def plan_layer(
     op, group_size = ("int8_linear", None) if layer.levels is None else ("int4_linear", layer.group_size)
     product = Shape(op, device, dtype, tokens, K, N, group_size, 1, symmetric)
     return LayerPlan(plan(quantizer, backend), plan(product, backend))
+
+
+def tokens_on(device: torch.device) -> int:
+    """What is planned for and measured there."""
+    return CPU_TOKENS if device.type == "cpu" else TOKENS
 
 
 def plan_layers(
@@ -109,19 +115,20 @@ def compare_largest(
 ) -> Comparison | None:
     """Times the largest layer against F.linear in `dtype`: of those with a fallback, where there are any.
 
-    Under a second, and the compilation that the first step would wait for. None without layers, without memory to
-    measure, or where the device has no such product.
+    Afterwards it is known whether its kernels can be launched, and plans made then tell. Under a second, and the
+    compilation that the first step would wait for. None without layers, without memory to measure, or where the device
+    has no such product.
     """
     slow = [name for name in layers if {plans[name].quantizer.backend, plans[name].product.backend} & {*FALLBACKS}]
     name = max(slow or layers, key=lambda n: (layers[n].features[0] * layers[n].features[1], n), default=None)
     if name is None:
         return None
-    tokens = CPU_TOKENS if device.type == "cpu" else TOKENS
+    tokens = tokens_on(device)
     try:
         factor = _factor(layers[name], device, dtype, tokens, backend)
     except (torch.OutOfMemoryError, NotImplementedError):
         return None
-    return Comparison(name, tokens, factor, plans[name], dtype)
+    return Comparison(name, tokens, factor, plan_layer(layers[name], device, dtype, backend), dtype)
 
 
 def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, tokens: int, backend: str) -> float:

@@ -47,7 +47,7 @@ def int8_linear(
     row_scale_, row_zero = (
         vector(name, values, M, torch.float32) for name, values in (("row_scale", row_scale), ("row_zero", row_zero))
     )
-    y = torch.empty(M, N, dtype=dtype)
+    y = torch.empty(M, N, dtype=dtype, device=a.device)
     native.linear(
         address(a),
         address(weight.w),

@@ -5,20 +5,7 @@ from torch import Tensor
 
 from ..directions import along, check
 from ..numerics import addend
-
-
-def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
-    """a [M, K] int8, w [N, K] int8 -> a wᵀ [M, N] int32, exact for K <= 2**17.
-
-    Padded to the sizes that the CUDA routine accepts (M > 16, K and N multiples of 8); zeros add nothing.
-    """
-    M, N, K = a.shape[0], w.shape[0], a.shape[1]
-    pad_m, pad_n, pad_k = max(0, 32 - M), -N % 8, -K % 8
-    if pad_m or pad_k:
-        a = torch.nn.functional.pad(a, (0, pad_k, 0, pad_m))
-    if pad_n or pad_k:
-        w = torch.nn.functional.pad(w, (0, pad_k, 0, pad_n))
-    return torch._int_mm(a.contiguous(), w.t())[:M, :N]  # pyright: ignore[reportPrivateImportUsage]
+from .matmul import int8_matmul
 
 
 def epilogue(

@@ -1,22 +1,19 @@
 """int8 x int8 product in torch ops: torch._int_mm where it is exact, and an epilogue in place, by blocks of rows."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..directions import check
 from ..numerics import addend
-from .reference import int8_matmul
+from .matmul import LEAST_COLUMNS, int8_matmul, int_mm_is_exact
 
 # entries of an accumulator block. CPU: still in the last cache at the epilogue; else: bounds int32 and fp32 copies
 CPU_BLOCK = 2**21
 DEVICE_BLOCK = 2**26
 # fewer rows at a time would not pay for reading the weight once more
 LEAST_ROWS = 256
-# any sum of this many products of codes is an exact fp32 integer: 1024 * 127**2 < 2**24
-EXACT_COLUMNS = 1024
 
 
 def refusal(device: torch.device) -> str | None:
@@ -119,39 +116,16 @@ def multiply(a: Tensor, w: Tensor, epilogue: Epilogue, y: Tensor) -> None:
     (M, N), on_cpu = y.shape, y.device.type == "cpu"
     block = max(LEAST_ROWS, (CPU_BLOCK if on_cpu else DEVICE_BLOCK) // max(N, 1))
     in_place = y.dtype is torch.float32 and y.is_contiguous()
-    direct = int_mm_is_exact(y.device)
+    # into memory that is here already; torch._int_mm misreads one column, and rows or columns that are all the same
+    direct = on_cpu and int_mm_is_exact(y.device) and a.shape[1] >= LEAST_COLUMNS and 0 not in a.stride() + w.stride()
     buffer = None
-    if on_cpu and direct and not in_place:
+    if direct and not in_place:
         buffer = torch.empty(min(block, M), N, dtype=torch.int32, device=y.device)
     for start in range(0, M, block):
         rows = slice(start, start + block)
-        if not on_cpu or not direct:
-            accumulator = int8_matmul(a[rows], w) if direct else float_product(a[rows], w)
+        if not direct:
+            accumulator = int8_matmul(a[rows], w)
         else:
             out = y[rows].view(torch.int32) if buffer is None else buffer[: len(y[rows])]
             accumulator = torch._int_mm(a[rows], w.t(), out=out)  # pyright: ignore[reportPrivateImportUsage]
         epilogue.apply(accumulator, rows, y[rows])
-
-
-@lru_cache(maxsize=16)
-def int_mm_is_exact(device: torch.device) -> bool:
-    """Whether torch._int_mm can be had and adds without saturation.
-
-    On x86 CPUs without VNNI, oneDNN adds pairs of products in 16 bits, which 127 * 127 overflows: tried once.
-    CUDA: cards before compute capability 7.5 have no int8 matrix product.
-    """
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
-    if device.type != "cpu":
-        return False
-    ones = torch.ones(64, 64, dtype=torch.int8)
-    return bool((torch._int_mm(127 * ones, 127 * ones) == 64 * 127**2).all())  # pyright: ignore[reportPrivateImportUsage]
-
-
-def float_product(a: Tensor, w: Tensor) -> Tensor:
-    """a [M, K], w [N, K] int8 -> [M, N] int32, through exact fp32 products; codes fit TF32 and bf16 as well."""
-    total = torch.zeros(len(a), len(w), dtype=torch.int32, device=a.device)
-    for part in range(0, a.shape[1], EXACT_COLUMNS):
-        columns = slice(part, part + EXACT_COLUMNS)
-        total += torch.mm(a[:, columns].float(), w[:, columns].float().t()).to(torch.int32)
-    return total

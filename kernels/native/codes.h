@@ -30,7 +30,7 @@ INLINE void note_nan(Range *range, __m512 v, __m512 w) {
 
 INLINE float safe_scale(float extent, float qmax) {
     float step = extent / qmax;
-    return step > FLT_MIN ? step : 1.0f;
+    return step <= FLT_MIN ? 1.0f : step;  // a NaN stays
 }
 
 // numerics of `safe_scale` and `asymmetric_range`; a NaN in the row is a NaN in its range. Whether the row is finite.

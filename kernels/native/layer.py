@@ -43,7 +43,7 @@ def layer(
     p = None if directions is None else torch.empty(M, tokens.rank, dtype=torch.bfloat16, device="meta")
     check(p, directions, M, K)
     check(p, responses, M, N)
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     native.layer(
         address(tokens.x),
         library.DTYPES[x.dtype],

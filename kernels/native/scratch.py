@@ -16,5 +16,5 @@ def scratch(nbytes: int) -> int:
     """
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or len(buffer) < nbytes + ALIGNMENT:
-        buffer = _kept.buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+        buffer = _kept.buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
     return -(-buffer.data_ptr() // ALIGNMENT) * ALIGNMENT

@@ -62,9 +62,9 @@ def quantize_rows(
     p = None if coordinates is None else coordinates.contiguous()
     scale = zero = None
     if tokens.fixed_scale is None:
-        scale = torch.empty(M, 1)
-        zero = None if symmetric else torch.empty(M, 1)
-    codes = torch.empty(M, K, dtype=torch.int8)
+        scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
+        zero = None if symmetric else torch.empty_like(scale)
+    codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
     native.quantize_activation(
         address(tokens.x),
         library.DTYPES[x.dtype],

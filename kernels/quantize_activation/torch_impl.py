@@ -38,6 +38,8 @@ def quantize_activation(
     """As the reference, and bit-equal to it, except that a rotation on CPU adds in another order."""
     M, K = x.shape
     check(coordinates, directions, M, K)
+    if K % hadamard:
+        raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
     on_cpu = x.device.type == "cpu"
     by_product = on_cpu and hadamard > 1 and fp32_products_are_fp32()
     offset = None if shift is None else lerp_rows(shift, index, fraction)

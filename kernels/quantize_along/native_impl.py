@@ -20,7 +20,7 @@ def quantize_along(
     symmetric: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """As the reference, but for the order of p's sum."""
-    p = torch.empty(len(x), len(directions), dtype=torch.bfloat16)
+    p = torch.empty(len(x), len(directions), dtype=torch.bfloat16, device=x.device)
     codes, scale, zero = quantize_rows(
         x, index, fraction, shift, smooth, directions, p, hadamard, symmetric, None, None, find=True
     )

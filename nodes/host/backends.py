@@ -30,11 +30,11 @@ def plan_backends(
     modules = quantized_layers(patcher.model.diffusion_model)
     layers = {name: unwrap(module.weight) for name, module in modules.items()}
     device, dtype = patcher.load_device, inference_dtype(patcher)
+    comparison = compare_largest(layers, plan_layers(layers, device, dtype, backend), device, dtype, backend)
     plans = plan_layers(layers, device, dtype, backend)
     lines = describe(plans, device)
     for line in lines:
         log.info("%s", line)
-    comparison = compare_largest(layers, plans, device, dtype, backend)
     if comparison is not None:
         text = str(comparison)
         lines.append(text)

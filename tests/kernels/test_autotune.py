@@ -105,11 +105,35 @@ def test_a_tile_that_does_not_fit_is_never_chosen():
         tune(Clock(failing=tiles), M=1000)
 
 
-def test_other_errors_are_not_swallowed():
+def test_where_nothing_can_be_launched_the_cause_is_told():
     def broken(tile):
         raise ValueError("a bug")
 
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(RuntimeError, match="tiles can be launched") as refusal:
+        autotune.tuned_tile("a key", TILES["int8_linear", 90], TILES["int8_linear", 90][0], broken, CPU, timer=Clock())
+    assert str(refusal.value.__cause__) == "a bug"
+
+
+def test_a_tile_that_does_not_compile_is_left_out(cache):
+    """Triton raises errors of many kinds there."""
+    tiles = TILES["int8_linear", 90]
+
+    class Fails(Clock):
+        def launch(self, tile):
+            super().launch(tile)
+            if tile == tiles[0]:
+                raise ValueError("pass failed")
+
+    assert (
+        autotune.tuned_tile("a key", tiles, tiles[0], (clock := Fails(tiles[0])).launch, CPU, timer=clock) == tiles[1]
+    )
+
+
+def test_faults_of_the_card_are_not_swallowed():
+    def broken(tile):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         autotune.tuned_tile("a key", TILES["int8_linear", 90], TILES["int8_linear", 90][0], broken, CPU, timer=Clock())
 
 

@@ -3,6 +3,8 @@
 import importlib.util
 import logging
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -159,6 +161,11 @@ def test_an_error_of_the_caller_is_raised_and_held_against_nobody(fakes, caplog)
         RuntimeError("CUDA error: device-side assert triggered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: unspecified launch failure"),
+        MemoryError("no more"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     ],
     ids=lambda error: str(error)[:40],
 )
@@ -178,6 +185,44 @@ def test_out_of_memory_while_replacing_passes_through(fakes):
         run(CUDA)
     fakes.errors.pop("comfy_kitchen")
     assert run(CUDA) == "comfy_kitchen"
+
+
+def test_a_backend_that_cannot_be_asked_is_a_refusal(fakes, monkeypatch):
+    """Triton is found and does not import: a library is missing."""
+
+    def load(op, backend):
+        def refusal(shape):
+            raise ImportError("DLL load failed while importing libtriton")
+
+        found = fakes.load(op, backend)
+        return Implementation(found.function, refusal) if backend == "triton" else found
+
+    monkeypatch.setattr(dispatch, "load", load)
+    assert run(CUDA) == "comfy_kitchen"
+    reason = "cannot be asked: ImportError: DLL load failed while importing libtriton"
+    assert dispatch.plan(CUDA).refusals == (("triton", reason),)
+
+
+def test_threads_whose_backend_fails_together_blame_only_that_one(fakes, monkeypatch):
+    """The second finds the next backend chosen already, which has done nothing wrong."""
+    meeting = threading.Barrier(2)
+
+    def load(op, backend):
+        def function(*args, **kwargs):
+            if backend == "triton":
+                meeting.wait()
+                raise RuntimeError("no kernel image")
+            return backend
+
+        return Implementation(function, lambda shape: None)
+
+    monkeypatch.setattr(dispatch, "load", load)
+    for _ in range(20):
+        dispatch.reset()
+        with ThreadPoolExecutor(2) as pool:
+            found = [job.result() for job in [pool.submit(run, CUDA) for _ in range(2)]]
+        assert found == ["comfy_kitchen"] * 2
+        assert dispatch.plan(CUDA).refusals == (("triton", "failed at launch: RuntimeError: no kernel image"),)
 
 
 def test_what_ran_is_recorded_not_what_was_planned(fakes):

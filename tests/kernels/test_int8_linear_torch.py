@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from dit_quant.kernels.int8_linear import reference, torch_impl
+from dit_quant.kernels.int8_linear import matmul, reference, torch_impl
 from host_location import ROOT
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -57,7 +57,8 @@ def epilogue(M, N, w, parts, seed=1):
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_integer_sums_are_exact(M, N, K, exact, monkeypatch):
     """Unit scales: the output is the sum itself. Extremes of one sign would pass 2**24, where fp32 rounds."""
-    monkeypatch.setattr(torch_impl, "int_mm_is_exact", lambda device: exact)
+    for module in (torch_impl, matmul):
+        monkeypatch.setattr(module, "int_mm_is_exact", lambda device: exact)
     a, w = codes(M, K, extreme=True), codes(N, K, extreme=True, seed=2)
     unit = {"row_scale": torch.ones(M, 1), "column_scale": torch.ones(N, 1)}
     y = torch_impl.int8_linear(a, w, **unit, index=torch.tensor([0]), fraction=torch.tensor([0.0]))
@@ -66,7 +67,30 @@ def test_integer_sums_are_exact(M, N, K, exact, monkeypatch):
 
 def test_float_product_is_exact_at_its_worst():
     a, w = torch.full((3, 3088), 127, dtype=torch.int8), torch.full((5, 3088), -127, dtype=torch.int8)
-    assert (torch_impl.float_product(a, w) == -3088 * 127**2).all()
+    assert (matmul.float_product(a, w) == -3088 * 127**2).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (matmul.float_product(a, w) == -3088 * 127**2).all()
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 8, 1), (7, 33, 1), (63, 2, 1), (3, 5, 7), (40, 40, 8)])
+@pytest.mark.parametrize("expanded", ["neither", "a", "w"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_columns_and_rows_that_are_one_row(M, N, K, expanded, dtype):
+    """oneDNN takes such matrices for vectors of another stride."""
+    a, w = codes(M, K), codes(N, K, seed=2)
+    a, w = (t[:1].expand(len(t), K) if name == expanded else t for name, t in (("a", a), ("w", w)))
+    unit = {"row_scale": torch.full((M, 1), 2.0**-10), "column_scale": torch.ones(N, 1)}
+    at = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
+    expected = (a.double() @ w.double().T * 2.0**-10).to(dtype)
+    assert torch.equal(torch_impl.int8_linear(a, w, **unit, **at, dtype=dtype), expected)
+    assert torch.equal(reference.int8_linear(a, w, **unit, **at, dtype=dtype), expected)
+
+
+def test_the_reference_is_exact_on_a_cpu_that_saturates(monkeypatch):
+    monkeypatch.setattr(matmul, "int_mm_is_exact", lambda device: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    a, w = torch.full((3, 100), 127, dtype=torch.int8), torch.full((5, 100), -127, dtype=torch.int8)
+    assert (matmul.int8_matmul(a, w) == -100 * 127**2).all()
 
 
 @pytest.mark.usefixtures("blocks")

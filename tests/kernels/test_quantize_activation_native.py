@@ -112,3 +112,27 @@ def test_rows_that_do_not_fit_the_rotation_are_an_error():
 def test_tables_of_another_length_are_an_error():
     with pytest.raises(ValueError, match="smooth has 99 entries, not 100"):
         native_impl.quantize_activation(normal(3, 100), smooth=torch.ones(99), **at())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_not_ours(dtype):
+    """What C writes into is of the size that C takes it for, whatever else runs in the process has set."""
+    x = normal(7, 100)
+    expected = reference.quantize_activation(x, symmetric=False, **at())
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = native_impl.quantize_activation(x, symmetric=False, **at())
+    finally:
+        torch.set_default_dtype(usual)
+    assert [t.dtype for t in found] == [torch.int8, torch.float32, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_default_device_is_not_ours():
+    x = normal(7, 100)
+    group = at()
+    expected = reference.quantize_activation(x, symmetric=False, **group)
+    with torch.device("meta"):
+        found = native_impl.quantize_activation(x, symmetric=False, **group)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -108,6 +108,27 @@ def test_odd_rows(rows, order, symmetric, device):
     assert_same_bits(x, hadamard=order, symmetric=symmetric, **at(device))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("K", "order"), [(100, 1), (100, 4), (192, 64), (1024, 256), (3088, 16), (16640, 256), (16400, 1)]
+)
+def test_what_is_not_finite_reaches_the_output(K, order, symmetric, bad, device):
+    """One value is enough, wherever it stands: a token of plausible numbers would hide that a model overflowed."""
+    x = normal(5, K)
+    x[1, K // 2], x[3] = bad, bad
+    x = x.to(device)
+    options = {"hadamard": order, "symmetric": symmetric, **at(device)}
+    codes, scale, zero = quantize_activation(x, **options)
+    finite = torch.isfinite(scale) if zero is None else torch.isfinite(scale) & torch.isfinite(zero)
+    assert finite.flatten().tolist() == [True, False, True, False, True]
+    good = [0, 2, 4]
+    expected = reference(x, **options)
+    assert torch.equal(codes[good], expected[0][good])
+    assert torch.equal(scale[good], expected[1][good])
+    assert not torch.isfinite(expected[1][[1, 3]]).any()
+
+
 @pytest.mark.parametrize("kind", RANGES)
 @pytest.mark.parametrize(("K", "order"), [(16640, 256), (16400, 1)])
 def test_rows_longer_than_a_program_holds(K, order, kind, device):

@@ -114,7 +114,10 @@ def test_the_largest_layer_is_measured(monkeypatch, device, backend):
     layers = {"small": layer("rtn_w8a8", 16)[0], "large": layer("rtn_w8a8", 64)[0]}
     asked = []
     monkeypatch.setattr(backend_report, "_factor", lambda *given: asked.append(given) or 2.5)
-    found = compare_largest(layers, plans_of(backend, layers), device, torch.bfloat16)
+    plans = plans_of(backend, layers)
+    # what a plan says once the layer has run
+    monkeypatch.setattr(backend_report, "plan_layer", lambda *given: plans["large"])
+    found = compare_largest(layers, plans, device, torch.bfloat16)
     (given,) = asked
     assert given[0] is layers["large"]
     tokens = 256 if device is CPU else 4096
@@ -140,6 +143,28 @@ def test_a_layer_without_a_fast_kernel_is_measured_first(monkeypatch):
     found = compare_largest(layers, plans, CUDA, torch.bfloat16)
     assert found is not None
     assert found.name == "odd"
+
+
+def test_a_backend_that_fails_at_launch_is_not_the_one_that_is_told(monkeypatch):
+    """Whether a kernel can be compiled is known when it has been launched, which the comparison does."""
+    real = dispatch.load
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    def load(op, backend):
+        return Implementation(fails, lambda shape: None) if backend == "torch" else real(op, backend)
+
+    monkeypatch.setattr(dispatch, "load", load)
+    layers = {"a": layer("rtn_w8a8")[0]}
+    given = (CPU, torch.float32, "torch")
+    plans = plan_layers(layers, *given)
+    assert str(plans["a"]) == "torch"
+    found = compare_largest(layers, plans, *given)
+    assert found is not None
+    assert "torch" not in str(found.plan)
+    line, _ = describe(plan_layers(layers, *given), CPU)
+    assert line == f"int8_linear on cpu: {found.plan}, 1 layer; torch: failed at launch: RuntimeError: no compiler"
 
 
 def test_no_memory_to_measure(monkeypatch):
