@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define __AMX_INT8__ 1
+#define DIT_QUANT_AMX 1
 
 // of this thread: eight tiles of 16 rows of 64 bytes, and whether they are configured to be that
 static __thread int8_t emulated_tiles[8][16][64];

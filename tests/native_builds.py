@@ -4,7 +4,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from dit_quant.kernels.native import library
+from dit_quant.kernels.native import build, library
 
 EMULATION = Path(__file__).with_name("amx_emulation.h")
 BUILDS = {
@@ -19,5 +19,5 @@ def built(name: str) -> library.Library:
     """Compiled once for all modules."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.so"
-        library.compile_to(str(path), BUILDS[name])
+        build.compile_to(str(path), BUILDS[name])
         return library.loaded(path, library.thread_team())

@@ -25,5 +25,10 @@ def vector(name: str, values: Tensor | None, size: int, kind: dtype) -> Tensor |
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Of the first entry. The caller keeps the tensor alive during the call."""
-    return None if tensor is None else tensor.data_ptr()
+    """Of the first entry. The caller keeps the tensor alive during the call. Raises ValueError for one that is not in
+    the CPU's memory."""
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu":
+        raise ValueError(f"all operands belong on the CPU, one is on {tensor.device}")
+    return tensor.data_ptr()

@@ -1,18 +1,14 @@
-"""The C sources of this folder: compiled once with the machine's C compiler, kept in the user's cache, and loaded.
+"""The C sources of this folder as functions.
 
 Threads are those of the OpenMP runtime that torch itself runs on: a second pool would compete with the first.
 """
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,36 +17,20 @@ from pathlib import Path
 import torch
 
 from ..backends import first_line
-from ..user_cache import user_cache
+from .build import compiled
 
 log = logging.getLogger("dit_quant")
-FOLDER = Path(__file__).parent
-SOURCES = ("quantizer.c", "product.c")
-HEADERS = (
-    "along.h",
-    "amx.h",
-    "codes.h",
-    "epilogue.h",
-    "lanes.h",
-    "product.h",
-    "quantizer.h",
-    "rotation.h",
-    "team.h",
-    "transpose.h",
-    "vnni.h",
-    "weights.h",
-)
+_loading = threading.Lock()
 CPU_FLAGS = ("f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 # no contraction to fused multiply-adds: results are the reference's bits
 OPTIONS = ("-O3", "-mtune=native", "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 OPTIONS += tuple(f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS)
 # used where the CPU has them
 AMX_FLAGS = ("amx_tile", "amx_int8")
-AMX_OPTIONS = tuple(f"-m{flag.replace('_', '-')}" for flag in AMX_FLAGS)
+# by a macro of our own: a compiler may have been told, or tell itself, what this CPU has
+AMX_OPTIONS = (*(f"-m{flag.replace('_', '-')}" for flag in AMX_FLAGS), "-DDIT_QUANT_AMX")
 # arch_prctl asks Linux for the registers of AMX, of this whole process: number, request, XTILEDATA
 ASK_FOR_AMX = (158, 0x1023, 18)
-COMPILERS = ("cc", "gcc", "clang")
-TIMEOUT = 120
 
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 TEAM = (POINTER, POINTER, ctypes.c_uint)
@@ -136,12 +116,19 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 @lru_cache(maxsize=1)
 def library() -> Library | str:
     """The loaded library, or why there is none."""
-    if reason := unsupported():
-        return reason
     try:
-        team = thread_team()
-        return loaded(built(), team)
-    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        if reason := unsupported():
+            return reason
+        # of two threads the second finds what the first has compiled
+        with _loading:
+            team, path = thread_team(), built()
+            try:
+                return loaded(path, team)
+            except (OSError, AttributeError):
+                # damaged in the cache, if it was whole when it was compiled
+                path.unlink(missing_ok=True)
+                return loaded(built(), team)
+    except (OSError, AttributeError, RuntimeError) as error:
         return first_line(error)
 
 
@@ -170,12 +157,18 @@ def cpu_flags() -> set[str]:
 
 
 def thread_team() -> tuple[int, ...]:
-    """Addresses of what starts threads, and what numbers them, in the OpenMP runtime that torch was linked with.
+    """Addresses of what starts threads, and what numbers them, in the OpenMP runtime that torch runs on: one that was
+    loaded before everything, or the one that it was linked with.
 
     Raises OSError, AttributeError.
     """
-    own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    found = [ctypes.cast(entry, POINTER).value for entry in (own.GOMP_parallel, own.omp_get_thread_num)]
+    try:
+        own = ctypes.CDLL(None)
+        entries = own.GOMP_parallel, own.omp_get_thread_num
+    except AttributeError:
+        own = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        entries = own.GOMP_parallel, own.omp_get_thread_num
+    found = [ctypes.cast(entry, POINTER).value for entry in entries]
     assert None not in found
     return tuple(address for address in found if address)
 
@@ -203,76 +196,26 @@ def amx_refusal() -> str | None:
     missing = [flag for flag in AMX_FLAGS if flag not in cpu_flags()]
     if missing:
         return f"this CPU has no {', '.join(missing)}"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    # as oneDNN reads them
+    name = next(filter(os.environ.get, ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")), "")
+    limit = os.environ.get(name, "").upper()
     if "AMX" not in limit and limit not in ("", "ALL", "DEFAULT"):
-        return f"ONEDNN_MAX_CPU_ISA={limit} switches it off, for torch too"
+        return f"{name}={limit} switches it off, for torch too"
     refused = ctypes.CDLL(None, use_errno=True).syscall(*ASK_FOR_AMX)
     return f"Linux refuses the registers of AMX: {os.strerror(ctypes.get_errno())}" if refused else None
 
 
 def built() -> Path:
     """The shared library with what this CPU has. Raises as `compiled`."""
-    reason = amx_refusal()
+    # a home may be shared by machines, and CC may name options that suit this one
+    reason, machine = amx_refusal(), " ".join(sorted(cpu_flags()))
     if reason is None:
         try:
-            return compiled((*OPTIONS, *AMX_OPTIONS))
+            return compiled((*OPTIONS, *AMX_OPTIONS), machine)
         except RuntimeError as error:
             # compilers before 2021 do not know it
             reason = first_line(error)
-    path = compiled(OPTIONS)
+    path = compiled(OPTIONS, machine)
     if cpu_flags().issuperset(AMX_FLAGS):
         log.warning("products on the CPU do without AMX, at about half the speed: %s", reason)
     return path
-
-
-def compiled(options: tuple[str, ...]) -> Path:
-    """The shared library, compiled unless the cache has it.
-
-    Raises RuntimeError with the compiler's first complaint, or when there is no compiler.
-    """
-    digest = hashlib.sha256(" ".join(options).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((FOLDER / name).read_bytes())
-    folder = writable_cache()
-    path = folder / f"native-{digest.hexdigest()[:16]}.so"
-    # only what this user wrote is loaded
-    if path.is_file() and path.stat().st_uid == os.getuid():
-        return path
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        compile_to(temporary, options)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def compile_to(path: str, options: tuple[str, ...]) -> None:
-    command = [*compiler(), *options, *(str(FOLDER / name) for name in SOURCES), "-o", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    if done.returncode:
-        complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr or "no message")
-        raise RuntimeError(f"{command[0]} failed: {complaint.strip()}")
-
-
-def compiler() -> list[str]:
-    """$CC, else the first C compiler on the path. Raises RuntimeError when there is none."""
-    if named := shlex.split(os.environ.get("CC", "")):
-        return named
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
-        raise RuntimeError(f"no C compiler found ({', '.join(COMPILERS)}); install gcc for faster layers on the CPU")
-    return [found]
-
-
-def writable_cache() -> Path:
-    """The user's cache folder; where it cannot be written, one for this process."""
-    folder = user_cache()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="dit_quant-"))

@@ -1,6 +1,6 @@
 // int8_linear and int4_linear for CPUs with AVX-512. Bit-equal to kernels/int8_linear/reference.py.
 
-#ifdef __AMX_INT8__
+#ifdef DIT_QUANT_AMX
 #include "amx.h"
 #else
 #include "vnni.h"
@@ -98,6 +98,7 @@ int64_t linear_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned th
 // responses [rank, N] fp16; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
 static void multiply_all(Product p, parallel_t parallel, number_t number, unsigned threads, const int8_t *table,
                          const uint16_t *responses, uint8_t *buffer) {
+    if (!p.M) return;
     int64_t most = chunk_tiles(p.M, p.K, p.rank), chunks = (tiles(p.M) + most - 1) / most;
     int64_t nbytes = p.M * p.N * width(p.dtype);
     p.panel = panel_strips(p.K);

@@ -12,7 +12,7 @@
 // BLOCK: bytes of a row that an instruction works on, zeros behind the last. CODE_OFFSET is added to codes of tokens.
 // The last panels, LAST_PANELS a thread, are cut into pieces, LAST_PIECES a thread: none must be waited for long, but
 // every piece packs its panel anew.
-#ifdef __AMX_INT8__
+#ifdef DIT_QUANT_AMX
 #define TILE_M 32
 #define BLOCK 64
 #define CODE_OFFSET 0

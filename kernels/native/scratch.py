@@ -12,7 +12,7 @@ _kept = threading.local()
 def scratch(nbytes: int) -> int:
     """Address of at least `nbytes` of this thread's own memory, aligned; good until its next call.
 
-    Grows to what the largest layer needs: a few MiB, see CHUNK_BYTES in product.c.
+    Grows to what the largest layer needs: a few MiB and less than one more per thread, see CHUNK_BYTES in product.c.
     """
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or len(buffer) < nbytes + ALIGNMENT:

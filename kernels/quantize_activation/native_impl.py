@@ -124,6 +124,9 @@ def tokens_of(
     K = x.shape[1]
     if K % hadamard:
         raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
+    if hadamard not in ROTATIONS:
+        raise ValueError(f"no rotation in blocks of {hadamard}")
+    x = x.resolve_neg()
     offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
     fixed_scale = fixed_zero = None
     if static_scale is not None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 from dit_quant.kernels import dispatch, user_cache
 from dit_quant.kernels.backends import Shape
 from dit_quant.kernels.int8_linear.native_impl import int8_linear
-from dit_quant.kernels.native import library
+from dit_quant.kernels.native import build, library
 from host_location import ROOT
 
 CPU = Shape("int8_linear", torch.device("cpu"), torch.float32, 64, 64, 64)
-HAS_COMPILER = any(map(shutil.which, library.COMPILERS))
+HAS_COMPILER = any(map(shutil.which, build.COMPILERS))
 runs = pytest.mark.skipif(isinstance(library.library(), str), reason=f"native: {library.library()}")
 
 
@@ -30,8 +31,30 @@ def fresh(monkeypatch, tmp_path):
     forget()
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> Path:
+    """What this machine's compiler makes of the sources."""
+    path = tmp_path_factory.mktemp("once") / "library.so"
+    build.compile_to(str(path), (*library.OPTIONS, *(() if library.amx_refusal() else library.AMX_OPTIONS)))
+    return path
+
+
+@pytest.fixture
+def copies(once, monkeypatch) -> list[str]:
+    """Compiling takes no time; the paths that were compiled to."""
+    calls = []
+
+    def compile_to(path, options):
+        calls.append(path)
+        shutil.copyfile(once, path)
+
+    monkeypatch.setattr(build, "compile_to", compile_to)
+    return calls
+
+
 def forget():
     library.library.cache_clear()
+    build.of_this_process.cache_clear()
     dispatch.reset()
 
 
@@ -48,16 +71,18 @@ def test_a_machine_with_the_instructions_and_a_compiler_runs_it():
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 def test_compiled_once(monkeypatch, tmp_path):
     library.library()
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.startswith("native-")
     library.library.cache_clear()
-    monkeypatch.setattr(library, "compile_to", lambda *given: pytest.fail("compiled again"))
+    monkeypatch.setattr(build, "compile_to", lambda *given: pytest.fail("compiled again"))
     assert isinstance(library.library(), library.Library)
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 def test_no_compiler_is_needed_once_compiled(monkeypatch):
     library.library()
     library.library.cache_clear()
@@ -66,25 +91,131 @@ def test_no_compiler_is_needed_once_compiled(monkeypatch):
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 def test_a_changed_source_is_compiled_afresh(monkeypatch, tmp_path):
     copies = tmp_path / "sources"
     copies.mkdir()
-    for name in (*library.SOURCES, *library.HEADERS):
-        shutil.copy(library.FOLDER / name, copies)
-    monkeypatch.setattr(library, "FOLDER", copies)
+    for name in (*build.SOURCES, *build.HEADERS):
+        shutil.copy(build.FOLDER / name, copies)
+    monkeypatch.setattr(build, "FOLDER", copies)
     first = library.built()
     (copies / "lanes.h").write_text((copies / "lanes.h").read_text() + "// changed\n")
     assert library.built() != first
 
 
 @runs
-def test_what_another_user_wrote_is_not_loaded(monkeypatch):
-    library.built()
-    calls = []
-    monkeypatch.setattr(library, "compile_to", lambda path, options: calls.append(path))
-    monkeypatch.setattr(os, "getuid", lambda: -1)
-    library.built()
-    assert calls
+@pytest.mark.usefixtures("copies")
+def test_what_another_user_wrote_is_not_loaded(monkeypatch, tmp_path):
+    path = library.built()
+    assert build.kept(path.parent, path.stem.rpartition("-")[0]) == path
+    real = Path.stat
+    # of the file, then of its folder
+    for foreign in (path, path.parent):
+
+        def stat(self, *, foreign=foreign, **options):
+            facts = real(self, **options)
+            return os.stat_result((*facts[:4], 4711, *facts[5:10])) if self == foreign else facts
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", stat)
+            calls = []
+            patch.setattr(build, "compile_to", lambda name, options, calls=calls: calls.append(name))
+            assert library.built() != path or foreign == path
+            assert len(calls) == 1
+            assert calls[0].startswith(str(path.parent)) == (foreign == path)
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_a_folder_that_everybody_may_write_to_is_not_used(tmp_path, caplog):
+    """Somebody could put a library there between its compilation and its loading."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    path = library.built()
+    assert path.parent != folder
+    assert "is not kept for another time" in caplog.text
+    assert not list(folder.iterdir())
+    # once per process
+    assert library.built() == path
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("size", [0, 1000, 20000])
+def test_a_file_that_was_cut_off_is_compiled_anew(size):
+    """Loading it would end the process."""
+    path = library.built()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    assert library.built() == path
+    assert len(path.read_bytes()) == len(whole)
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_a_file_that_cannot_be_loaded_is_compiled_anew():
+    path = library.built()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert isinstance(library.library(), library.Library)
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_a_relative_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(user_cache.CACHE, ".")
+    assert isinstance(library.library(), library.Library)
+    assert list(tmp_path.glob("native-*.so"))
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (user_cache.CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert isinstance(library.library(), library.Library)
+    assert list(tmp_path.glob(f"dit_quant-{os.getuid()}/native-*.so"))
+
+
+@runs
+def test_threads_that_meet_at_the_first_call_compile_once(copies):
+    with ThreadPoolExecutor(2) as pool:
+        found = [job.result() for job in [pool.submit(library.library) for _ in range(2)]]
+    assert all(isinstance(each, library.Library) for each in found)
+    assert len(copies) == 1
+
+
+@runs
+def test_amx_is_left_out_whatever_the_compiler_knows(monkeypatch, tmp_path):
+    """CC may say -march=native; the machine's registers may be refused all the same."""
+    real = next(filter(None, map(shutil.which, build.COMPILERS)))
+    monkeypatch.setenv("CC", f"{real} -mamx-tile -mamx-int8")
+    monkeypatch.setattr(library, "amx_refusal", lambda: "Linux refuses the registers of AMX")
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("no objdump")
+    try:
+        path = library.built()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    code = subprocess.run([objdump, "-d", str(path)], capture_output=True, text=True, check=True).stdout
+    assert "vpdpbusd" in code
+    assert "tdpb" not in code
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_another_compiler_is_another_library(monkeypatch):
+    first = library.built()
+    real = next(filter(None, map(shutil.which, build.COMPILERS)))
+    monkeypatch.setenv("CC", f"{real} -g0")
+    assert library.built() != first
 
 
 @pytest.mark.skipif(library.unsupported() is not None, reason=str(library.unsupported()))
@@ -102,12 +233,15 @@ def test_no_compiler_is_a_reason_and_torch_runs(monkeypatch):
     [
         ("echo note >&2; echo 'x.c:1: error: unknown option -mavx512vnni' >&2; exit 1", "error: unknown option"),
         ("exit 3", "failed: no message"),
-        ('for last; do :; done; echo "not a library" > "$last"', "invalid ELF header"),
+        ('while [ "$1" != -o ]; do shift; done; echo "not a library" > "$2"', "invalid ELF header"),
+        ("printf 'error: \\344\\n' >&2; exit 1", "error: "),
+        ("sleep 60", "did not finish within 1 s"),
     ],
-    ids=["complains", "silent", "writes nonsense"],
+    ids=["complains", "silent", "writes nonsense", "in another encoding", "hangs"],
 )
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(monkeypatch, tmp_path, script, reason):
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "broken-cc", script))
+    monkeypatch.setattr(build, "TIMEOUT", 1)
     choice = dispatch.plan(CPU)
     assert choice.backend == "torch"
     found = dict(choice.refusals)["native"]
@@ -115,10 +249,16 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(monkeypatch, tmp_p
     assert not list((tmp_path / "cache").glob("tmp*"))
 
 
+@pytest.mark.skipif(library.unsupported() is not None, reason=str(library.unsupported()))
+def test_a_compiler_that_is_no_command_is_a_reason(monkeypatch):
+    monkeypatch.setenv("CC", "gcc 'x")
+    assert dict(dispatch.plan(CPU).refusals)["native"].startswith("CC=gcc 'x is no command")
+
+
 @runs
 def test_the_compiler_of_the_environment_comes_first(monkeypatch, tmp_path):
     log = tmp_path / "log"
-    real = next(filter(None, map(shutil.which, library.COMPILERS)))
+    real = next(filter(None, map(shutil.which, build.COMPILERS)))
     script = f'echo "$1" > {log}; shift; exec {real} "$@"'
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "my-cc", script) + " --marker")
     assert isinstance(library.library(), library.Library)
@@ -127,7 +267,7 @@ def test_the_compiler_of_the_environment_comes_first(monkeypatch, tmp_path):
 
 @runs
 def test_a_compiler_that_does_not_know_amx_does_without_it_and_says_so(monkeypatch, tmp_path, caplog):
-    real = next(filter(None, map(shutil.which, library.COMPILERS)))
+    real = next(filter(None, map(shutil.which, build.COMPILERS)))
     script = f'case "$*" in *amx*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac; exec {real} "$@"'
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "old-cc", script))
     monkeypatch.setattr(library, "amx_refusal", lambda: None)
@@ -138,6 +278,7 @@ def test_a_compiler_that_does_not_know_amx_does_without_it_and_says_so(monkeypat
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("flags", [(), library.AMX_FLAGS], ids=["without AMX", "with AMX"])
 def test_registers_that_are_refused_are_said_where_there_are_any(monkeypatch, caplog, flags):
     monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *flags})
@@ -163,7 +304,11 @@ def test_what_switches_amx_off_for_torch_does_so_here(monkeypatch, limit, refuse
     monkeypatch.setattr(library, "cpu_flags", lambda: {*library.CPU_FLAGS, *library.AMX_FLAGS})
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
     assert (f"ONEDNN_MAX_CPU_ISA={limit.upper()}" in (library.amx_refusal() or "")) == refused
+    # the older name, where the newer says nothing
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    assert "DNNL_MAX_CPU_ISA=AVX2 switches it off" in (library.amx_refusal() or "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a system call of Linux")
@@ -175,6 +320,7 @@ def test_registers_that_linux_refuses_are_not_used(monkeypatch):
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 def test_onednn_finds_its_own_tiles():
     """Both it and the C configure the registers of AMX, for whole threads."""
     x, w = torch.randn(64, 256), torch.randn(96, 256)
@@ -215,6 +361,7 @@ def test_other_devices_and_types_are_refused():
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert isinstance(library.library(), library.Library)
@@ -222,6 +369,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_the_process(monkeypatch,
 
 
 @runs
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("op", ["quantize_activation", "int8_linear", "int4_linear"])
 def test_every_float_type_is_taken(op):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -239,7 +387,7 @@ def test_sources_are_part_of_an_installed_pack():
     tomllib = pytest.importorskip("tomllib")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     patterns = data["dit_quant.kernels.native"]
-    for name in (*library.SOURCES, *library.HEADERS):
+    for name in (*build.SOURCES, *build.HEADERS):
         assert any(Path(name).match(pattern) for pattern in patterns)
 
 
@@ -248,3 +396,24 @@ def test_importing_the_kernels_compiles_nothing(tmp_path):
     code = "import dit_quant.kernels, dit_quant.kernels.int8_linear.native_impl"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {user_cache.CACHE: str(tmp_path / "new")})
     assert not (tmp_path / "new").exists()
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+@pytest.mark.parametrize("wrong", ["a", "w", "bias", "column_scale"])
+def test_an_operand_on_another_device_is_an_error_not_a_crash(wrong):
+    codes = torch.zeros(7, 64, dtype=torch.int8)
+    given = {"a": codes, "w": codes, "bias": torch.zeros(7), "column_scale": torch.ones(7, 1)}
+    given[wrong] = given[wrong].to("meta")
+    where = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
+    with pytest.raises(ValueError, match="one is on meta"):
+        int8_linear(given.pop("a"), given.pop("w"), row_scale=torch.ones(7, 1), **given, **where)
+
+
+@runs
+@pytest.mark.usefixtures("copies")
+def test_no_tokens_are_no_error():
+    where = {"index": torch.tensor([0]), "fraction": torch.tensor([0.0])}
+    codes = torch.zeros(7, 64, dtype=torch.int8)
+    y = int8_linear(codes[:0], codes, row_scale=torch.ones(0, 1), column_scale=torch.ones(7, 1), **where)
+    assert y.shape == (0, 7)
