@@ -11,14 +11,19 @@ from .host.paths import calibration_folder
 from .host.sampling import Progress, Settings, calibrate
 from .schema import CalibrationType, schema
 
+# of a side, as in the host's own nodes
+LARGEST = 16384
+
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """'1024x1024, 768x1344' -> ((1024, 1024), (768, 1344)). Raises ValueError naming what does not parse."""
     sizes = []
     for part in filter(None, re.split(r"[,\s]+", text.strip())):
         found = re.fullmatch(r"(\d+)[xX](\d+)", part)
-        if found is None or int(found[1]) < 16 or int(found[2]) < 16:
-            raise ValueError(f"size {part!r} is not WIDTHxHEIGHT of at least 16x16 pixels; write for example 1024x1024")
+        if found is None or not all(16 <= int(side[:9]) <= LARGEST for side in found.groups()):
+            raise ValueError(
+                f"size {part!r} is not WIDTHxHEIGHT of 16x16 to {LARGEST}x{LARGEST} pixels; write for example 1024x1024"
+            )
         sizes.append((int(found[1]), int(found[2])))
     if not sizes:
         raise ValueError("no latent size given; write for example 1024x1024")
@@ -148,7 +153,7 @@ class CalibrateDiT(io.ComfyNode):
     ) -> io.NodeOutput:
         conditions = prompt_list(clip, prompts, positive)
         if negative is None:
-            if clip is None and cfg != 1.0:
+            if conditions and clip is None and cfg != 1.0:
                 raise ValueError("connect `negative` (or a CLIP, to encode an empty one): cfg is not 1")
             negative = encode(clip, "") if clip is not None else [conditions[0][0]] if conditions else []
         settings = Settings(

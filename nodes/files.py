@@ -8,10 +8,11 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoint import VERSION
+from ..quant_core.checkpoint import CONFIG_KEY, VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
+from .host.attached import not_in_a_file, refuse_bypass
 from .host.backends import plan_backends
-from .host.build import build_model, quantized_names
+from .host.build import absent_from, build_model, quantized_names
 from .host.detection import detection_metadata
 from .host.paths import output_file
 from .host.weights import float_state, full_state, is_quantized, quantized_state, smallest_exact
@@ -45,6 +46,7 @@ class SaveQuantizedDiT(io.ComfyNode):
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
         if not is_quantized(model):
             raise ValueError("the model is not quantized: connect the output of Quantize DiT")
+        refuse_bypass(model)
         layers = quantized_state(model)
         floats = float_state(model, set(layers), model.model.get_dtype())
         state = full_state(layers, {name: smallest_exact(value) for name, value in floats.items()})
@@ -57,6 +59,8 @@ class SaveQuantizedDiT(io.ComfyNode):
         path = output_file(filename_prefix)
         write_tensors(path, state, metadata)
         text = f"{path} ({path.stat().st_size / 2**20:.1f} MB)"
+        if left_out := not_in_a_file(model):
+            text += f"\nnot in the file, to be connected again behind Load Quantized DiT: {', '.join(left_out)}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 
@@ -65,20 +69,37 @@ def load_quantized(path: Path):
     header = read_header(path)
     metadata = header.get("__metadata__") or {}
     if METADATA not in metadata:
+        if any(key.endswith(f".{CONFIG_KEY}") for key in header) and any(".weight_shift" in key for key in header):
+            raise DamagedFile(
+                f"{path.name}: another node wrote this quantized model, without what loading it needs; save it again "
+                "with Save Quantized DiT"
+            )
         raise DamagedFile(f"{path.name}: not a quantized DiT of this pack; use Load Diffusion Model and Quantize DiT")
     try:
-        version = dict(json.loads(metadata[METADATA])).get("version")
+        described = dict(json.loads(metadata[METADATA]))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{path.name}: its {METADATA} entry is not a JSON object; the file is damaged") from error
+    version = described.get("version")
     if version != VERSION:
-        raise DamagedFile(f"{path.name}: format version {version}, this pack reads {VERSION}; update the pack")
+        older = isinstance(version, int) and version < VERSION
+        remedy = "quantize the model again with this pack" if older else "update the pack"
+        raise DamagedFile(f"{path.name}: format version {version}, this pack reads {VERSION}; {remedy}")
     try:
         state = comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:
         raise DamagedFile(f"{path.name}: {error}") from error
-    if not quantized_names(state):
-        raise DamagedFile(f"{path.name}: holds no quantized layer; save it again")
-    return build_model(state, metadata)
+    found = len(quantized_names(state))
+    if found != described.get("layers"):
+        raise DamagedFile(
+            f"{path.name}: {found} quantized layers of {described.get('layers')} are there: the file is damaged"
+        )
+    try:
+        patcher = build_model(state, metadata)
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
+        raise DamagedFile(f"{path.name}: the host cannot read it ({type(error).__name__}: {error})") from error
+    if absent := absent_from(patcher, state):
+        raise DamagedFile(f"{path.name}: {len(absent)} tensors are missing, such as {absent[0]}: the file is damaged")
+    return patcher
 
 
 class LoadQuantizedDiT(io.ComfyNode):

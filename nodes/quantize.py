@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
+from ..kernels.dispatch import asked
 from ..quant_core.backend_report import with_backends
 from ..quant_core.budget import GB
 from ..quant_core.linear import BACKEND_NAMES
@@ -28,6 +29,16 @@ def skip_matching(names, patterns: str) -> dict[str, str]:
             raise ValueError(f"skip_layers: {line!r} is not a regular expression ({error})") from error
         skipped |= {name: f"skip_layers {line}" for name in names if pattern.search(name)}
     return skipped
+
+
+def idle_patterns(names, patterns: str) -> list[str]:
+    """A line for every one of `patterns` that matches no name: it was meant to."""
+    lines = [line for line in map(str.strip, patterns.splitlines()) if line]
+    return [
+        f"skip_layers: {line!r} matches none of {len(names)} layers"
+        for line in lines
+        if not any(re.search(line, name) for name in names)
+    ]
 
 
 class QuantizeDiT(io.ComfyNode):
@@ -92,6 +103,8 @@ class QuantizeDiT(io.ComfyNode):
     def execute(
         cls, model, preset, group_size, skip_layers, size_gb=8.0, calibration=None, backend="auto"
     ) -> io.NodeOutput:
+        # a wrong name in the environment is told now, not after the work
+        asked(backend)
         scheme = PRESETS["W8A8"].with_options(name=FIT) if preset == FIT else PRESETS[preset]
         size = int(size_gb * GB) if preset == FIT else None
         if scheme.weights.bits == 4:
@@ -107,5 +120,6 @@ class QuantizeDiT(io.ComfyNode):
         skipped = skip_matching(layers, skip_layers)
         result, report = quantize(model, scheme, calibration, skipped, progress, size, backend)
         plans, lines = plan_backends(result, cls.hidden.unique_id, backend)
+        lines += idle_patterns(layers, skip_layers)
         text = with_backends(report, plans, lines).text()
         return io.NodeOutput(result, text, ui=ui.PreviewText(text))

@@ -1,7 +1,7 @@
 """From weights and a calibration to quantized layers and a report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,8 @@ def shared_groups(scheme: QuantScheme, calibration: Calibration | None) -> Times
     if calibration is None or not grouped:
         return SINGLE_GROUP
     if calibration.grouping is not None and not calibration.grouping.automatic:
-        return calibration.grouping.groups
+        given = calibration.grouping.groups
+        return replace(given, interpolate=given.interpolate or scheme.interpolate)
     return _auto_groups(scheme, calibration, calibration.layers)
 
 
@@ -281,6 +282,8 @@ def quantize_model(
         raise CannotQuantize(f"no layer of this model was quantized: {_reasons(skipped)}")
     notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
     notes += _unguided(layers, of_layer, calibration)
+    if calibration is not None and calibration.grouping is not None and scheme.partition is Partition.PAPER:
+        notes += (f"{scheme.name} forms groups of its own for every layer, as published: Group Timesteps is not used",)
     return layers, QuantReport(
         scheme.name, tuple(reports), tuple(SkippedLayer(n, r) for n, r in sorted(skipped.items())), notes
     )
@@ -301,15 +304,23 @@ def _reasons(skipped: Mapping[str, str]) -> str:
 def _unguided(
     layers: Mapping[str, object], of_layer: Mapping[str, QuantScheme | None], calibration: Calibration | None
 ) -> tuple[str, ...]:
-    """Says how many layers wanted a curvature that the calibration does not have."""
+    """Says how many layers wanted a curvature, or covariances, that the calibration does not have."""
     guided = [n for n in layers if (s := of_layer[n]) is not None and s.weights.rounding is Rounding.GUIDED]
     known = {} if calibration is None or calibration.curvature is None else calibration.curvature
-    missing = [name for name in guided if name not in known]
-    if not missing:
-        return ()
-    return (
-        f"{len(missing)} of {len(guided)} layers without a measured curvature: rounded by plain GPTQ, at some loss",
-    )
+    moments = {} if calibration is None else calibration.layers
+    blind = [name for name in guided if name not in moments or moments[name].second_moment is None]
+    plain = [name for name in guided if name not in known and name not in blind]
+    found = []
+    if blind:
+        found.append(
+            f"{len(blind)} of {len(guided)} layers without covariances: rounded to nearest, at much loss; "
+            "calibrate with more memory_gb"
+        )
+    if plain:
+        found.append(
+            f"{len(plain)} of {len(guided)} layers without a measured curvature: rounded by plain GPTQ, at some loss"
+        )
+    return tuple(found)
 
 
 def install(model: nn.Module, layers: Mapping[str, QuantizedLinear], backend: str = "auto") -> TimestepState:

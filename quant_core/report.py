@@ -1,9 +1,12 @@
 """What was rounded, what was not and why, and what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from .budget import Choice
+
+# names in a line of a report
+SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,20 @@ class QuantReport:
             f"{self.nbytes / 2**20:.1f} MB instead of {2 * self.weights / 2**20:.1f} MB in 16 bits"
         ]
         lines += list(self.notes)
-        lines += [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
-        reasons: dict[str, list[str]] = {}
-        for layer in self.skipped:
-            reasons.setdefault(layer.reason, []).append(layer.name)
-        for reason, names in reasons.items():
-            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            lines.append(f"kept in floating point ({reason}): {shown}")
+        noted = [(layer.note, layer.name) for layer in self.layers if layer.note]
+        lines += [f"{listed(names)}: {note}" for note, names in by_text(noted).items()]
+        kept = [(layer.reason, layer.name) for layer in self.skipped]
+        lines += [f"kept in floating point ({reason}): {listed(names)}" for reason, names in by_text(kept).items()]
         return "\n".join(lines)
+
+
+def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(text, layer) -> text: its layers."""
+    found: dict[str, list[str]] = {}
+    for text, name in pairs:
+        found.setdefault(text, []).append(name)
+    return found
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...quant_core.checkpoint import CONFIG_KEY
 from ...quant_core.checkpoint import is_ours as config_is_ours
 from ...quant_core.timesteps import TimestepState, distinct
+from .attached import refuse_hook_loras
 from .layout import is_ours, unwrap
 from .ops import make_operations
 
@@ -84,6 +85,7 @@ def attach_state(patcher: ModelPatcher, expected: int, backend: str) -> None:
         module.timestep_slot = partitions.index(unwrap(module.weight).groups)
         module.backend = backend
     setattr(patcher.model, STATE, state)
+    refuse_hook_loras(patcher)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, select_group)
 
 
@@ -94,6 +96,16 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         for name, module in model.named_modules()
         if is_ours(getattr(module, "_parameters", {}).get("weight"))
     }
+
+
+def absent_from(patcher: ModelPatcher, state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that the model has and the state dict lacks: they would hold whatever was in memory."""
+    model = patcher.model.diffusion_model
+    wanted = {name for name, _ in model.named_parameters()}
+    # the host makes the weight of a layer when it finds it
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    wanted |= {f"{name}.weight" for name, module in layers.items() if getattr(module, "weight", 0) is None}
+    return sorted(wanted - set(state))
 
 
 def select_group(executor, x, t, *args, **kwargs):

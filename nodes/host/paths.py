@@ -19,5 +19,9 @@ def register() -> None:
 
 def output_file(prefix: str) -> Path:
     """The next free `<output>/<prefix>_00001_.safetensors`, like the host's own save nodes."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix.rstrip("/\\"), folder_paths.get_output_directory()
+    )
+    while (path := Path(folder) / f"{name}_{counter:05}_.safetensors").exists():
+        counter += 1
+    return path

@@ -13,6 +13,7 @@ from ...quant_core.convert import CannotQuantize, quantize_model
 from ...quant_core.mixed import Plan, plan_formats
 from ...quant_core.report import QuantReport
 from ...quant_core.schemes import QuantScheme
+from .attached import refuse_bypass, refuse_copies, refuse_hook_loras
 from .build import FLOATS, KEY, build_model, select_group
 from .detection import detection_metadata, difference
 from .weights import float_state, full_state, is_quantized, select, smallest_exact, weight_loaders
@@ -43,10 +44,13 @@ def quantize(
     size: bytes that the whole model may take in a file; every layer then gets a format of its own.
     backend: what multiplies the layers of the result.
 
-    Raises CannotQuantize for a model that is quantized already or patched in a way that cannot be carried over.
+    Raises CannotQuantize and CannotCarry for a model that is quantized already or patched in a way that cannot be
+    carried over.
     """
     if is_quantized(patcher):
         raise CannotQuantize("this model is quantized already; connect the full-precision model")
+    refuse_bypass(patcher)
+    refuse_copies(patcher)
     foreign = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
     if foreign:
         raise CannotQuantize(f"{foreign[0]} was replaced by another node; connect Quantize DiT before that node")
@@ -107,6 +111,7 @@ def carry_over(source: ModelPatcher, built: ModelPatcher) -> ModelPatcher:
     result.parent = None
     result.size = 0
     result.cached_patcher_init = built.cached_patcher_init
+    refuse_hook_loras(result)
     result.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     result.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, select_group)
     return result

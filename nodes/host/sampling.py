@@ -1,6 +1,7 @@
 """Sampling calibration prompts through the host's own sampler, resumable prompt by prompt."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,19 @@ from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
+from .attached import refuse_bypass, uncompiled
 from .gains import cached_gains
+from .identity import describe
 from .probes import probing
-from .weights import fingerprints, is_quantized, select, weight_loaders
+from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders
 
 log = logging.getLogger("dit_quant")
 KEY = "dit_quant_calibration"
 # samplers that call the model between steps fill more bins than a short schedule has steps
 FEWEST_BINS = 16
+# files of gigabytes are written again after this many times what that took
+SAVING_SHARE = 20
+SEEDS = 2**64
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,14 @@ def is_flow(patcher: ModelPatcher) -> bool:
 
 
 def conditioning_fingerprint(conditioning: list) -> list:
-    """Identity of a CONDITIONING: its tensors, and the names of what else it carries."""
-    described = []
-    for tensor, extra in conditioning:
-        tensors = {k: tensor_fingerprint(v) for k, v in sorted(extra.items()) if isinstance(v, torch.Tensor)}
-        others = {k: repr(v) for k, v in sorted(extra.items()) if isinstance(v, int | float | str | bool | tuple)}
-        described.append([tensor_fingerprint(tensor), tensors, others])
-    return described
+    """Identity of a CONDITIONING: its tensor, and all that it carries beside."""
+    return [[tensor_fingerprint(tensor), describe(extra)] for tensor, extra in conditioning]
+
+
+def attached_fingerprint(patcher: ModelPatcher) -> dict:
+    """Identity of what other nodes attached to the MODEL, as far as it can be read."""
+    attached = (patcher.model_options, patcher.wrappers, patcher.callbacks, patcher.object_patches)
+    return {"attached": describe(attached)}
 
 
 def empty_latent(patcher: ModelPatcher, size: tuple[int, int]) -> torch.Tensor:
@@ -135,6 +142,8 @@ def calibrate(
         raise ValueError("no calibration prompts: write at least one prompt, one per line, or connect a conditioning")
     if is_quantized(patcher):
         raise ValueError("this model is quantized already; calibrate the full-precision model it came from")
+    refuse_bypass(patcher)
+    patcher = uncompiled(patcher)
     layers, _, _ = select(patcher)
     features = {name: module.in_features for name, module in layers.items()}
     sigmas = comfy.samplers.calculate_sigmas(
@@ -145,7 +154,9 @@ def calibrate(
     budget = int(settings.memory_gb * 2**30)
     plan = plan_memory(features, budget=budget, bins=bins, passes=settings.passes, outputs=outputs)
     progress.notes.append(str(plan))
-    if plan.covariance is None:
+    if budget == 0:
+        progress.notes.append("memory_gb is 0: no covariances, weights will be rounded to nearest")
+    elif plan.covariance is None:
         progress.notes.append(
             f"covariances do not fit {settings.memory_gb} GB: weights will be rounded to nearest instead of by GPTQ; "
             "raise memory_gb, or passes, for better quality"
@@ -172,7 +183,7 @@ def calibrate(
         "curvature": plan.curvature,
         "passes": len(plan.passes),
     }
-    key = settings_key(VERSION, prints, described)
+    key = settings_key(VERSION, prints, rest_fingerprint(patcher, layers), described | attached_fingerprint(patcher))
     run = Run(patcher, layers, positive, negative, settings, plan, folder, key, progress)
     collectors: list[Collector] = []
     curvature: dict[str, torch.Tensor] = {}
@@ -218,25 +229,34 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     if done < prompts:
         sampled = hooked_clone(run.patcher, inputs, outputs, run.progress.notes)
         layers = {name: run.layers[name] for name in run.plan.passes[index]}
+        saved, cost = time.monotonic(), 0.0
         with inputs.attached(layers), outputs.attached({name: layers[name] for name in outputs.shapes}):
             for i in range(done, prompts):
                 outputs.at_prompt(i)
                 _sample(sampled, run, i, index * prompts + i)
-                try:
-                    save_progress(cache, inputs, key, i + 1, outputs)
-                except OSError as error:
-                    # later passes read what earlier ones have found from its file
-                    if len(run.plan.passes) > 1:
-                        raise
-                    note = f"not kept for another time: {error.strerror or error}"
-                    if note not in run.progress.notes:
-                        run.progress.notes.append(note)
+                if i + 1 == prompts or time.monotonic() - saved >= SAVING_SHARE * cost:
+                    start = time.monotonic()
+                    _save(run, lambda i=i: save_progress(cache, inputs, key, i + 1, outputs))
+                    saved = time.monotonic()
+                    cost = saved - start
     if len(run.plan.passes) == 1:
         return inputs, outputs
     # the next pass needs the memory: this one's statistics are read from its file as they are used
     inputs, outputs = run.collectors(index, sigmas)
     restore_progress(cache, inputs, key, outputs, copy=False)
     return inputs, outputs
+
+
+def _save(run: Run, save: Callable[[], None]) -> None:
+    """A disk without room ends the run only where later passes read what this one has found."""
+    try:
+        save()
+    except OSError as error:
+        if len(run.plan.passes) > 1:
+            raise
+        note = f"not kept for another time: {error.strerror or error}"
+        if note not in run.progress.notes:
+            run.progress.notes.append(note)
 
 
 def _resume(run: Run, index: int, inputs: Collector, outputs: CurvatureCollector, key: str) -> int:
@@ -286,10 +306,11 @@ def _sample(patcher: ModelPatcher, run: Run, i: int, before: int) -> None:
 def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torch.Tensor:
     """The final latent [1, ...] of prompt i."""
     settings = run.settings
+    seed = (settings.seed + i) % SEEDS
     latent = empty_latent(patcher, settings.sizes[i % len(settings.sizes)])
     return comfy.sample.sample(
         patcher,
-        comfy.sample.prepare_noise(latent, settings.seed + i),
+        comfy.sample.prepare_noise(latent, seed),
         steps,
         settings.cfg,
         settings.sampler,
@@ -299,5 +320,5 @@ def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torc
         latent,
         callback=callback,
         disable_pbar=True,
-        seed=settings.seed + i,
+        seed=seed,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant_core.architectures import Family, select_layers
 from ...quant_core.checkpoint import layer_tensors
-from ...quant_core.fingerprint import tensor_fingerprint
+from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.linear import QuantizedLinear, requantize
 from .build import quantized_layers
 from .detection import detection_hints
@@ -62,13 +62,37 @@ def select(patcher: ModelPatcher) -> tuple[dict[str, torch.nn.Module], dict[str,
 
 
 def weight_loaders(patcher: ModelPatcher, names) -> dict[str, Callable[[], Tensor]]:
-    """Layer name -> function that merges its weight, so that one is in memory at a time."""
+    """Layer name -> function that merges its weight, so that one is in memory at a time.
+
+    Raises ValueError for weights that another loader has packed: the host cannot unpack those."""
+    for name in names:
+        module = patcher.model.diffusion_model.get_submodule(name)
+        stored = tuple(base_weight(patcher, f"{PREFIX}{name}.weight")[0].size())
+        if stored != (module.out_features, module.in_features):
+            raise ValueError(
+                f"{name}: its weight is stored as {list(stored)}, not [{module.out_features}, {module.in_features}]: "
+                "another loader has packed it (GGUF, NF4); load the model's safetensors file with Load Diffusion Model"
+            )
     return {name: (lambda key=f"{PREFIX}{name}.weight": merged_weight(patcher, key)) for name in names}
 
 
 def fingerprints(patcher: ModelPatcher, names) -> dict[str, str]:
     """Identity of every layer's merged weight."""
     return {name: tensor_fingerprint(load()) for name, load in weight_loaders(patcher, names).items()}
+
+
+def rest_fingerprint(patcher: ModelPatcher, layers) -> str:
+    """Identity of everything in the diffusion model but the weights of `layers`: it decides what these see."""
+    skip = {f"{name}.weight" for name in layers}
+    found = {}
+    for name, _ in patcher.model.diffusion_model.named_parameters():
+        if name not in skip:
+            key = f"{PREFIX}{name}"
+            weight, convert = base_weight(patcher, key)
+            if key in patcher.patches or convert is not None:
+                weight = merged_weight(patcher, key)
+            found[name] = tensor_fingerprint(weight.detach())
+    return settings_key(found)
 
 
 def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) -> dict[str, Tensor]:

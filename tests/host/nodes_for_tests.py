@@ -138,6 +138,39 @@ class NoGradient:
         return (clone,)
 
 
+class Scaled:
+    """A MODEL with one parameter patched, in the way of a LoRA."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {}), "factor": ("FLOAT", {"default": 1.0})}}
+
+    def patch(self, model, name, factor):
+        clone = model.clone()
+        value = dict(model.model.diffusion_model.named_parameters())[name]
+        clone.add_patches({f"diffusion_model.{name}": ("diff", (torch.ones(value.shape),))}, factor)
+        return (clone,)
+
+
+class Latent:
+    """A LATENT of one value."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "paint"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"value": ("FLOAT", {"default": 0.0})}}
+
+    def paint(self, value):
+        return ({"samples": torch.full((1, 16, 8, 8), value)},)
+
+
 class TinyUNet:
     """A MODEL of convolutions, with random weights."""
 
@@ -163,5 +196,7 @@ NODE_CLASS_MAPPINGS = {
     "DiTQuantTestAgain": Again,
     "DiTQuantTestRebuild": Rebuild,
     "DiTQuantTestNoGradient": NoGradient,
+    "DiTQuantTestScaled": Scaled,
+    "DiTQuantTestLatent": Latent,
     "DiTQuantTestUNet": TinyUNet,
 }

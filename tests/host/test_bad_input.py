@@ -39,7 +39,9 @@ CASES = {
     "prompts without CLIP": (p.calibrate(prompts="a lion"), "no CLIP is connected; connect one"),
     "size": (p.calibrate(sizes="128x128, wide"), "'wide' is not WIDTHxHEIGHT.*write for example"),
     "no size": (p.calibrate(sizes=" , "), "no latent size given"),
-    "tiny size": (p.calibrate(sizes="8x8"), "'8x8' is not WIDTHxHEIGHT of at least 16x16"),
+    "tiny size": (p.calibrate(sizes="8x8"), "'8x8' is not WIDTHxHEIGHT of 16x16 to"),
+    "huge size": (p.calibrate(sizes="99999x99999"), "'99999x99999' is not WIDTHxHEIGHT of 16x16 to 16384x16384"),
+    "endless size": (p.calibrate(sizes="1" * 5000 + "x16"), "is not WIDTHxHEIGHT"),
     "too many groups": (p.calibrate() | p.group(groups=64), "64 groups do not fit 8 timesteps; choose 1 to 8"),
     "regular expression": (
         GROUPED | p.quantize(skip_layers="fine\nqkv("),
@@ -54,7 +56,10 @@ CASES = {
         p.quantize("rtn_w8a8", calibration=None, name="once") | p.quantize("rtn_w8a8", "once", None),
         "quantized already; connect the full-precision model",
     ),
-    "everything skipped": (p.quantize("rtn_w8a8", calibration=None, skip_layers="."), "every layer was skipped"),
+    "everything skipped": (
+        p.quantize("rtn_w8a8", calibration=None, skip_layers="."),
+        r"no layer of this model was quantized: .*29 layers such as .*skip_layers",
+    ),
     "float model saved": (p.save("model", "float"), "not quantized: connect the output of Quantize DiT"),
     "infinite activations": (
         loader("infinite")

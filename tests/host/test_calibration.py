@@ -149,7 +149,7 @@ def test_the_report_says_what_the_memory_was_used_for(host_server):
     text, _ = run(host_server, steps=2, **p.NO_COVARIANCE)
     assert "curvature" not in text
     assert "no covariances, 64 rows sampled per noise level, 1 pass, 0.0" in text
-    assert "rounded to nearest instead of by GPTQ" in text
+    assert "memory_gb is 0: no covariances, weights will be rounded to nearest" in text
 
 
 @pytest.mark.parametrize(("factor", "reason"), [(0.0, "this model knows no gradients"), (2.0, "output differs by")])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from host_location import ROOT
 from host_server import PromptFailed
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.host
 
@@ -78,7 +79,30 @@ BAD_FILES = {
     "text": "not a safetensors file",
     "short": "too few for a safetensors file",
     "plain": "not a quantized DiT of this pack",
+    "older": "format version 1, this pack reads 2; quantize the model again",
+    "newer": "format version 3, this pack reads 2; update the pack",
+    "metadata is a list": "its dit_quant entry is not a JSON object",
+    "layer lost": "28 quantized layers of 29",
+    "block lost": "21 quantized layers of 29",
+    "bias lost": r"1 tensors are missing, such as joint_blocks\.1\.x_block\.mlp\.fc1\.bias",
+    "embedder lost": "the host cannot read it|does not recognise|tensors are missing",
+    "float weight lost": r"1 tensors are missing, such as final_layer\.linear\.weight",
+    "another node's": "another node wrote this quantized model.*Save Quantized DiT",
 }
+LOST = {
+    "layer lost": "joint_blocks.1.x_block.mlp.fc1.comfy_quant",
+    "block lost": "joint_blocks.2.",
+    "bias lost": "joint_blocks.1.x_block.mlp.fc1.bias",
+    "embedder lost": "x_embedder.proj.weight",
+    "float weight lost": "final_layer.linear.weight",
+}
+
+
+def edited(path, target, lost: str = "\0", **metadata) -> None:
+    """A copy without the tensors whose names begin with `lost`, and with other metadata; None takes an entry out."""
+    kept = {key: value for key, value in load_file(path).items() if not key.startswith(lost)}
+    described = header(path)["__metadata__"] | metadata
+    save_file(kept, target, {key: value for key, value in described.items() if value is not None})
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +115,16 @@ def bad_files(presets, host_server):
         "short": b"\x00" * 5,
         "plain": (ASSETS / "emoji_dit.safetensors").read_bytes(),
     }
+    folder = host_server.models / "diffusion_models"
     for name, content in contents.items():
-        (host_server.models / "diffusion_models" / p.saved_name(name)).write_bytes(content)
+        (folder / p.saved_name(name)).write_bytes(content)
+    source = presets.file("W8A8")
+    for name, lost in LOST.items():
+        edited(source, folder / p.saved_name(name), lost)
+    for name, version in (("older", 1), ("newer", 3)):
+        edited(source, folder / p.saved_name(name), dit_quant=json.dumps({"version": version}))
+    edited(source, folder / p.saved_name("metadata is a list"), dit_quant="[1]")
+    edited(source, folder / p.saved_name("another node's"), dit_quant=None)
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

@@ -93,7 +93,8 @@ def test_a_chosen_grouping_overrules_auto_but_not_a_layer_of_its_own():
     for preset in ("W8A8", "W4A8", "W8A8 static"):
         scheme = PRESETS[preset]
         shared = shared_groups(scheme, chosen)
-        assert shared == chosen.grouping.groups
+        # fixed ranges follow sigma from one to the next of the groups that were asked for, too
+        assert shared == replace(chosen.grouping.groups, interpolate=scheme.interpolate)
         assert layer_groups("a", scheme, chosen, shared) == shared
         assert len(layer_groups("a", scheme.with_options(partition=Partition.LAYER), chosen, shared)) == 2
         assert layer_groups("a", scheme.with_options(partition=Partition.SINGLE), chosen, shared) == SINGLE_GROUP

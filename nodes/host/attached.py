@@ -1,0 +1,61 @@
+"""What other nodes attached to a MODEL that cannot come along: refused with the remedy, never lost in silence."""
+
+import comfy.hooks
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+KEY = "dit_quant"
+# the host's names
+COMPILED, MULTI_GPU = "torch.compile", "multigpu"
+COMPUTE_DTYPE = {"manual_cast_dtype": "compute dtype"}
+
+
+class CannotCarry(ValueError):
+    """The message names what is attached and where to connect it instead."""
+
+
+def refuse_bypass(patcher: ModelPatcher) -> None:
+    """Raises CannotCarry for LoRAs that are no part of the weights: what reads the weights would not see them."""
+    if any(patcher.injections.values()):
+        raise CannotCarry(
+            "a bypass LoRA is connected, which is not in the weights; use Load LoRA in its place, or connect the "
+            "bypass LoRA behind Quantize DiT and, if it is to be saved, not at all"
+        )
+
+
+def refuse_copies(patcher: ModelPatcher) -> None:
+    """Raises CannotCarry for nodes that hold the float model: they would run it in place of the quantized one."""
+    if patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED):
+        raise CannotCarry("this model is compiled; connect Quantize DiT before TorchCompileModel")
+    if patcher.additional_models.get(MULTI_GPU):
+        raise CannotCarry("this model has copies on other GPUs; connect Quantize DiT before the MultiGPU node")
+
+
+def uncompiled(patcher: ModelPatcher) -> ModelPatcher:
+    """A clone that runs as written: compiled code has no place for what calibration attaches."""
+    clone = patcher.clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    return clone
+
+
+def refuse_hook_loras(patcher: ModelPatcher) -> None:
+    """From here on LoRAs that a conditioning switches on and off are refused before they touch a weight: the host
+    cannot take them off a quantized one again."""
+
+    def refuse(patcher: ModelPatcher, hooks: comfy.hooks.HookGroup, *_) -> None:
+        if patcher.hook_patches:
+            raise CannotCarry(
+                "a LoRA is hooked to a conditioning (Create Hook LoRA), which a quantized model cannot take on and off "
+                "while it samples; use Load LoRA, before Calibrate DiT or behind Quantize DiT"
+            )
+
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, KEY)
+    patcher.add_callback_with_key(CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, KEY, refuse)
+
+
+def not_in_a_file(patcher: ModelPatcher) -> list[str]:
+    """Names of what is attached to the MODEL and is no part of its weights."""
+    names = {COMPUTE_DTYPE.get(name, name) for name in patcher.object_patches}
+    names |= {key for keys in patcher.wrappers.values() for key, wrappers in keys.items() if wrappers and key != KEY}
+    names |= {name for name in patcher.model_options if name.startswith(("sampler_", "model_function"))}
+    return sorted(names)
