@@ -64,7 +64,7 @@ class SaveQuantizedDiT(io.ComfyNode):
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 
-def load_quantized(path: Path):
+def load_quantized(path: Path, disable_dynamic: bool = False):
     """File -> MODEL. Raises DamagedFile for anything that is not one of our files, before the host sees it."""
     header = read_header(path)
     metadata = header.get("__metadata__") or {}
@@ -89,16 +89,18 @@ def load_quantized(path: Path):
     except Exception as error:
         raise DamagedFile(f"{path.name}: {error}") from error
     found = len(quantized_names(state))
-    if found != described.get("layers"):
+    if not found or found != described.get("layers", found):
         raise DamagedFile(
-            f"{path.name}: {found} quantized layers of {described.get('layers')} are there: the file is damaged"
+            f"{path.name}: {found} quantized layers of {described.get('layers', 'some')} are there: the file is damaged"
         )
     try:
-        patcher = build_model(state, metadata)
+        patcher = build_model(state, metadata, disable_dynamic=disable_dynamic)
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
         raise DamagedFile(f"{path.name}: the host cannot read it ({type(error).__name__}: {error})") from error
     if absent := absent_from(patcher, state):
         raise DamagedFile(f"{path.name}: {len(absent)} tensors are missing, such as {absent[0]}: the file is damaged")
+    # copies of the model read the file again: nothing of it is kept in memory for them
+    patcher.cached_patcher_init = (load_quantized, (path,))
     return patcher
 
 

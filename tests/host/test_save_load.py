@@ -59,6 +59,13 @@ def test_layers_are_as_small_as_their_bits_say(presets, preset):
     } - {"__metadata__"}
 
 
+def test_a_copy_of_a_loaded_model_reads_the_file_again(host_server, presets):
+    """What the host makes for compiled and multi-GPU copies; the file is not kept in memory for it."""
+    prompt = p.texts() | p.load("W8A8") | {"copy": p.node("DiTQuantTestRebuild", model=p.link("quantized"))}
+    latents = host_server.latents(host_server.run(prompt | p.sample("copy", "of the copy")))
+    assert torch.equal(latents["of the copy"], presets.latents["W8A8"])
+
+
 def test_file_carries_its_recipe(presets):
     metadata = header(presets.file("W8A8"))["__metadata__"]
     assert json.loads(metadata["dit_quant"])["layers"] == 29

@@ -102,10 +102,11 @@ def test_no_addition_is_fused_with_a_product(compiled):
         found = re.findall(r"\bfma\.rn\.f32(?:x2)?[^;]*", ptx)
         # sm_100 has pairs in one instruction
         fused = sum(1 + ("f32x2" in each) for each in found)
-        # where the last chunk reaches beyond the row, LLVM computes a stage of its 8 columns twice
+        # where the last chunk reaches beyond the row, LLVM computes a stage of its 8 columns twice, or two
         again = fused - columns * (stages + along)
         padded = tile["WIDTH"] * tile["CHUNKS"] > tile["COLUMNS"]
-        assert again in ((0, tile["VECTOR"]) if padded else (0,)), (request.name, request.capability)
+        twice = (0, tile["VECTOR"], 2 * tile["VECTOR"]) if padded else (0,)
+        assert again in twice, (request.name, request.capability)
         if not any("f32x2" in each for each in found):
             assert sum("0f3F000000" not in each for each in found) == columns * along
         seen += 1
