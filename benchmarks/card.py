@@ -33,6 +33,7 @@ TESTS = (
     "test_ops",
     "test_layer",
     "test_fused_ops",
+    "test_whole_model_triton",
     "test_launcher",
     "test_autotune",
     "test_dispatch",

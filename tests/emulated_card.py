@@ -22,6 +22,7 @@ MODULES = (
     "test_ops",
     "test_layer",
     "test_fused_ops",
+    "test_whole_model_triton",
     "test_emulated_faults",
 )
 

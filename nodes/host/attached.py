@@ -18,8 +18,8 @@ def refuse_bypass(patcher: ModelPatcher) -> None:
     """Raises CannotCarry for LoRAs that are no part of the weights: what reads the weights would not see them."""
     if any(patcher.injections.values()):
         raise CannotCarry(
-            "a bypass LoRA is connected, which is not in the weights; use Load LoRA in its place, or connect the "
-            "bypass LoRA behind Quantize DiT and, if it is to be saved, not at all"
+            "a bypass LoRA is connected, which is not in the weights; use Load LoRA in its place. Behind Quantize DiT "
+            "a bypass LoRA works, but is not saved"
         )
 
 
