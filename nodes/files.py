@@ -5,6 +5,7 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
@@ -95,6 +96,8 @@ def load_quantized(path: Path, disable_dynamic: bool = False):
         )
     try:
         patcher = build_model(state, metadata, disable_dynamic=disable_dynamic)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
         raise DamagedFile(f"{path.name}: the host cannot read it ({type(error).__name__}: {error})") from error
     if absent := absent_from(patcher, state):

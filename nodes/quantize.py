@@ -22,22 +22,28 @@ FIT = "fit to size"
 def skip_matching(names, patterns: str) -> dict[str, str]:
     """Layers whose name matches a line of `patterns` (regular expressions), with the reason."""
     skipped = {}
-    for line in filter(None, (line.strip() for line in patterns.splitlines())):
-        try:
-            pattern = re.compile(line)
-        except re.error as error:
-            raise ValueError(f"skip_layers: {line!r} is not a regular expression ({error})") from error
+    for line, pattern in compiled(patterns).items():
         skipped |= {name: f"skip_layers {line}" for name in names if pattern.search(name)}
     return skipped
 
 
+def compiled(patterns: str) -> dict[str, re.Pattern]:
+    """Line -> what it says. Raises ValueError for one that is not a regular expression."""
+    found = {}
+    for line in filter(None, (line.strip() for line in patterns.splitlines())):
+        try:
+            found[line] = re.compile(line)
+        except re.error as error:
+            raise ValueError(f"skip_layers: {line!r} is not a regular expression ({error})") from error
+    return found
+
+
 def idle_patterns(names, patterns: str) -> list[str]:
     """A line for every one of `patterns` that matches no name: it was meant to."""
-    lines = [line for line in map(str.strip, patterns.splitlines()) if line]
     return [
         f"skip_layers: {line!r} matches none of {len(names)} layers"
-        for line in lines
-        if not any(re.search(line, name) for name in names)
+        for line, pattern in compiled(patterns).items()
+        if not any(map(pattern.search, names))
     ]
 
 

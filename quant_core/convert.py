@@ -26,7 +26,7 @@ from .grouping import (
 from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_exact, half_if_it_fits
 from .observers import LayerStatistics
 from .reparam import Folded, fold_linear, relative_difference
-from .report import LayerReport, QuantReport, SkippedLayer
+from .report import LayerReport, QuantReport, SkippedLayer, by_text
 from .rounding import RoundedWeight, round_weight
 from .schemes import Partition, QuantScheme, Rounding, Scale, Shift, StaticRange, group_size_for, hadamard_for
 from .shift_scale import channel_scale, group_mean, group_shift
@@ -279,25 +279,15 @@ def quantize_model(
     if not weights:
         raise CannotQuantize("this model has no DiT blocks with Linear layers (a UNet?): there is nothing to quantize")
     if not layers:
-        raise CannotQuantize(f"no layer of this model was quantized: {_reasons(skipped)}")
+        reasons = by_text((reason, name) for name, reason in skipped.items())
+        listed = "; ".join(f"{names}: {reason}" for reason, names in reasons.items())
+        raise CannotQuantize(f"no layer of this model was quantized: {listed}")
     notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
     notes += _unguided(layers, of_layer, calibration)
     if calibration is not None and calibration.grouping is not None and scheme.partition is Partition.PAPER:
         notes += (f"{scheme.name} forms groups of its own for every layer, as published: Group Timesteps is not used",)
     return layers, QuantReport(
         scheme.name, tuple(reports), tuple(SkippedLayer(n, r) for n, r in sorted(skipped.items())), notes
-    )
-
-
-def _reasons(skipped: Mapping[str, str]) -> str:
-    """The commonest first, each with a layer of it."""
-    named: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        named.setdefault(reason, []).append(name)
-    commonest = sorted(named.items(), key=lambda item: -len(item[1]))[:3]
-    return "; ".join(
-        f"{names[0] if len(names) == 1 else f'{len(names)} layers such as {names[0]}'}: {reason}"
-        for reason, names in commonest
     )
 
 

@@ -95,20 +95,19 @@ class QuantReport:
             f"{self.nbytes / 2**20:.1f} MB instead of {2 * self.weights / 2**20:.1f} MB in 16 bits"
         ]
         lines += list(self.notes)
-        noted = [(layer.note, layer.name) for layer in self.layers if layer.note]
-        lines += [f"{listed(names)}: {note}" for note, names in by_text(noted).items()]
-        kept = [(layer.reason, layer.name) for layer in self.skipped]
-        lines += [f"kept in floating point ({reason}): {listed(names)}" for reason, names in by_text(kept).items()]
+        noted = by_text((layer.note, layer.name) for layer in self.layers if layer.note)
+        kept = by_text((layer.reason, layer.name) for layer in self.skipped)
+        lines += [f"{names}: {note}" for note, names in noted.items()]
+        lines += [f"kept in floating point ({reason}): {names}" for reason, names in kept.items()]
         return "\n".join(lines)
 
 
-def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """(text, layer) -> text: its layers."""
+def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """(text, layer) -> text: the first layers that it is about, and how many more."""
     found: dict[str, list[str]] = {}
     for text, name in pairs:
         found.setdefault(text, []).append(name)
-    return found
-
-
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return {
+        text: ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        for text, names in found.items()
+    }

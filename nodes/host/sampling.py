@@ -74,10 +74,9 @@ def conditioning_fingerprint(conditioning: list) -> list:
     return [[tensor_fingerprint(tensor), describe(extra)] for tensor, extra in conditioning]
 
 
-def attached_fingerprint(patcher: ModelPatcher) -> dict:
+def attached_fingerprint(patcher: ModelPatcher) -> object:
     """Identity of what other nodes attached to the MODEL, as far as it can be read."""
-    attached = (patcher.model_options, patcher.wrappers, patcher.callbacks, patcher.object_patches)
-    return {"attached": describe(attached)}
+    return describe((patcher.model_options, patcher.wrappers, patcher.callbacks, patcher.object_patches))
 
 
 def empty_latent(patcher: ModelPatcher, size: tuple[int, int]) -> torch.Tensor:
@@ -183,7 +182,8 @@ def calibrate(
         "curvature": plan.curvature,
         "passes": len(plan.passes),
     }
-    key = settings_key(VERSION, prints, rest_fingerprint(patcher, layers), described | attached_fingerprint(patcher))
+    rest, attached = rest_fingerprint(patcher, layers), attached_fingerprint(patcher)
+    key = settings_key(VERSION, prints, rest, attached, described)
     run = Run(patcher, layers, positive, negative, settings, plan, folder, key, progress)
     collectors: list[Collector] = []
     curvature: dict[str, torch.Tensor] = {}

@@ -145,7 +145,7 @@ def test_a_model_with_nothing_to_round_is_refused():
     with pytest.raises(CannotQuantize) as refusal:
         quantize(weights, "rtn_w4a8", skip={"a": "outside", "c": "outside"})
     assert str(refusal.value) == (
-        "no layer of this model was quantized: 2 layers such as a: outside; "
+        "no layer of this model was quantized: a, c: outside; "
         "b: K=33 is not divisible by any group size; skip this layer"
     )
 
@@ -333,3 +333,19 @@ def test_layers_of_different_partitions_keep_their_own_groups():
 
 def test_family_is_found_by_its_marker():
     assert family_of(["joint_blocks.0.context_block.attn.qkv.weight"], FAMILIES) is SD3
+
+
+def test_what_rounded_to_nearest_is_not_called_gptq():
+    weights = weights_of({"a": (7, 64), "b": (7, 64)})
+    _, report = quantize(weights, "W8A8", calibration_of(weights))
+    assert "2 of 2 layers without covariances: rounded to nearest" in report.text()
+    assert "GPTQ" not in report.text()
+
+
+def test_a_grouping_that_is_not_used_is_told():
+    weights = weights_of({"a": (7, 64)})
+    found = calibration_of(weights)
+    grouped = replace(found, grouping=group_model(found.sigmas, found.layers, groups=3))
+    for calibration, told in ((found, False), (grouped, True)):
+        _, report = quantize(weights, "htg_paper", calibration)
+        assert ("Group Timesteps is not used" in report.text()) == told

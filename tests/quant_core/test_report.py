@@ -44,3 +44,9 @@ def test_an_empty_report_has_no_division_by_zero():
     report = QuantReport("W8A8", (), ())
     assert report.bits_per_weight == 0
     assert report.groups == 1
+
+
+def test_a_note_of_many_layers_is_one_line():
+    layers = tuple(LayerReport(f"l{i}", (64, 100), 8, 100, 4, 3, 7000, 0.01, note="K=100 is odd") for i in range(29))
+    lines = QuantReport("W8A8", layers, ()).text().splitlines()
+    assert lines[1:] == ["l0, l1, l2, l3, l4, l5 and 23 more: K=100 is odd"]
