@@ -45,7 +45,7 @@ def velocities(model, state, prompts, device, monkeypatch, backend: str) -> list
     found = []
     with torch.inference_mode():
         for sigma in SIGMAS:
-            state.update(torch.tensor([sigma]))
+            state.update(torch.tensor([sigma], device=device))
             x, context, pooled = given
             found.append(model(x, torch.full((len(x),), sigma, device=device), context, pooled).cpu())
     assert {choice.backend for choice in dispatch.recorded().values()} == {backend}
@@ -57,7 +57,6 @@ def velocities(model, state, prompts, device, monkeypatch, backend: str) -> list
 def test_a_model_runs_as_its_definition(preset, model, prompts, calibration, device, monkeypatch):
     twin, state, _ = quantized_copy(model, calibration, PRESETS[preset])
     twin.to(device)
-    state.to(device)
     for module in twin.modules():
         # whose tensors are no parameters
         if isinstance(module, QuantLinear):
