@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-# those that launch kernels
-TESTS = (
+# tests/kernels: those that launch kernels, which emulated cards run too
+LAUNCHING = (
     "test_quantize_activation_triton",
     "test_quantize_along",
     "test_adaln_quantize",
@@ -34,10 +34,8 @@ TESTS = (
     "test_layer",
     "test_fused_ops",
     "test_whole_model_triton",
-    "test_launcher",
-    "test_autotune",
-    "test_dispatch",
 )
+TESTS = (*LAUNCHING, "test_launcher", "test_autotune", "test_dispatch")
 # the number that the bars are about first: a run that is cut off has every layer at it
 TOKENS = (4096, 16384, 1024, 256, 32768)
 

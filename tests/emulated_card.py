@@ -11,20 +11,7 @@ from benchmark_scripts import load
 
 CARD = int(os.environ.get("DIT_QUANT_EMULATED_CARD", "0"))
 # tests that launch kernels, and of no other card than this one
-MODULES = (
-    "test_quantize_activation_triton",
-    "test_quantize_along",
-    "test_adaln_quantize",
-    "test_gelu_quantize",
-    "test_swiglu_quantize",
-    "test_int8_linear_triton",
-    "test_int4_linear_triton",
-    "test_ops",
-    "test_layer",
-    "test_fused_ops",
-    "test_whole_model_triton",
-    "test_emulated_faults",
-)
+MODULES = (*load("card").LAUNCHING, "test_emulated_faults")
 
 
 def attach() -> None:
