@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
 from dit_quant.demo.__main__ import machine, versions
 from dit_quant.kernels.launcher import Launcher
@@ -99,6 +97,8 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    # asked when Triton is imported, at the first launch
+    os.environ.pop("TRITON_INTERPRET", None)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     capability = capability_of(device) if on_gpu else args.capability
