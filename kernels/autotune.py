@@ -141,7 +141,7 @@ def write(path: Path, key: str, tile: Any) -> None:
     temporary = None
     try:
         tiles = dict(sorted({**read(path), key: vars(tile)}.items()))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             temporary = file.name
             json.dump({"version": VERSION, "tiles": tiles}, file, indent=1)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
-import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
+from ..kernels.dispatch import cannot_launch
 from ..quant_core.checkpoint import CONFIG_KEY, VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
 from .host.attached import not_in_a_file, refuse_bypass
@@ -57,10 +57,10 @@ class SaveQuantizedDiT(io.ComfyNode):
             if cls.hidden.prompt is not None:
                 metadata["prompt"] = json.dumps(cls.hidden.prompt)
             metadata |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
-        path = output_file(filename_prefix)
+        path, left_out = output_file(filename_prefix), not_in_a_file(model)
         write_tensors(path, state, metadata)
         text = f"{path} ({path.stat().st_size / 2**20:.1f} MB)"
-        if left_out := not_in_a_file(model):
+        if left_out:
             text += f"\nnot in the file, to be connected again behind Load Quantized DiT: {', '.join(left_out)}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
@@ -96,9 +96,10 @@ def load_quantized(path: Path, disable_dynamic: bool = False):
         )
     try:
         patcher = build_model(state, metadata, disable_dynamic=disable_dynamic)
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
+        # a lack of memory says nothing about the file
+        if not cannot_launch(error):
+            raise
         raise DamagedFile(f"{path.name}: the host cannot read it ({type(error).__name__}: {error})") from error
     if absent := absent_from(patcher, state):
         raise DamagedFile(f"{path.name}: {len(absent)} tensors are missing, such as {absent[0]}: the file is damaged")

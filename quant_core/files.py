@@ -112,9 +112,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         yield temporary
-        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        with contextlib.suppress(OSError):
+            # not every file system lets everybody
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -48,7 +48,7 @@ def float_product(a: Tensor, w: Tensor) -> Tensor:
     total = torch.zeros(len(a), len(w), dtype=torch.int32, device=a.device)
     kind = a.device.type
     # autocast would turn them to half precision
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext():
         for part in range(0, a.shape[1], EXACT_COLUMNS):
             columns = slice(part, part + EXACT_COLUMNS)
             total += torch.mm(a[:, columns].float(), w[:, columns].float().t()).to(torch.int32)

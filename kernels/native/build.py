@@ -1,6 +1,7 @@
 """The C sources of this folder, compiled once with the machine's C compiler and kept in the user's cache."""
 
 import atexit
+import contextlib
 import hashlib
 import logging
 import os
@@ -46,23 +47,26 @@ def compiled(options: tuple[str, ...], machine: str) -> Path:
     for name in (*SOURCES, *HEADERS):
         digest.update((FOLDER / name).read_bytes())
     name = f"native-{digest.hexdigest()[:16]}"
-    folder = cache_folder()
-    if folder is not None and (found := kept(folder, name)):
+    folder, reason = cache_folder()
+    if reason is None and (found := kept(folder, name)):
         return found
-    if folder is None or not os.access(folder, os.W_OK):
-        folder = of_this_process()
-        if found := kept(folder, name):
+    if reason is not None or not os.access(folder, os.W_OK):
+        mine = of_this_process()
+        if found := kept(mine, name):
             return found
-        log.warning("the compiled C is not kept for another time: the cache folder cannot be used; set DIT_QUANT_CACHE")
+        log.warning("the compiled C is not kept for another time: %s %s", folder, reason or "cannot be written to")
+        folder = mine
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
     try:
         compile_to(temporary, options)
-        os.fsync(handle)
+        # whatever the linker has put there
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         path = folder / f"{name}-{os.stat(temporary).st_size}.so"
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)
     finally:
-        os.close(handle)
         Path(temporary).unlink(missing_ok=True)
     return path
 
@@ -70,21 +74,24 @@ def compiled(options: tuple[str, ...], machine: str) -> Path:
 def kept(folder: Path, name: str) -> Path | None:
     """What was compiled earlier, whole and by this user: a file that was cut off would kill the process."""
     for path in folder.glob(f"{name}-*.so"):
-        facts = path.stat()
-        if facts.st_uid in (os.getuid(), 0) and path.stem.endswith(f"-{facts.st_size}"):
-            return path
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            if facts.st_uid in (os.getuid(), 0) and path.stem.endswith(f"-{facts.st_size}"):
+                return path
     return None
 
 
-def cache_folder() -> Path | None:
-    """The user's cache folder; None where it cannot be made, or where somebody else could put a library into it."""
+def cache_folder() -> tuple[Path, str | None]:
+    """The user's cache folder, and why it is not used: somebody else could put a library into it, for instance."""
+    folder = user_cache().absolute()
     try:
-        folder = user_cache().absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
-    except OSError:
-        return None
-    return folder if facts.st_uid in (os.getuid(), 0) and not facts.st_mode & OPEN else None
+    except OSError as error:
+        return folder, f"cannot be made ({error.strerror or error})"
+    if facts.st_uid not in (os.getuid(), 0):
+        return folder, "belongs to another user"
+    return folder, "is open to everybody for writing" if facts.st_mode & OPEN else None
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 KEY = "dit_quant"
 # the host's names
-COMPILED, MULTI_GPU = "torch.compile", "multigpu"
+COMPILED, MULTI_GPU, BYPASS = "torch.compile", "multigpu", "bypass_lora"
 COMPUTE_DTYPE = {"manual_cast_dtype": "compute dtype"}
 
 
@@ -16,10 +16,15 @@ class CannotCarry(ValueError):
 
 def refuse_bypass(patcher: ModelPatcher) -> None:
     """Raises CannotCarry for LoRAs that are no part of the weights: what reads the weights would not see them."""
-    if any(patcher.injections.values()):
+    if patcher.injections.get(BYPASS):
         raise CannotCarry(
             "a bypass LoRA is connected, which is not in the weights; use Load LoRA in its place. Behind Quantize DiT "
             "a bypass LoRA works, but is not saved"
+        )
+    if others := [str(key) for key, found in patcher.injections.items() if found]:
+        raise CannotCarry(
+            f"another node puts {', '.join(others)} into the modules of this model, which is not in the weights; "
+            "connect it behind Quantize DiT, where it works but is not saved"
         )
 
 
@@ -56,6 +61,9 @@ def refuse_hook_loras(patcher: ModelPatcher) -> None:
 def not_in_a_file(patcher: ModelPatcher) -> list[str]:
     """Names of what is attached to the MODEL and is no part of its weights."""
     names = {COMPUTE_DTYPE.get(name, name) for name in patcher.object_patches}
-    names |= {key for keys in patcher.wrappers.values() for key, wrappers in keys.items() if wrappers and key != KEY}
-    names |= {name for name in patcher.model_options if name.startswith(("sampler_", "model_function"))}
+    for kind, keys in patcher.wrappers.items():
+        names |= {str(key or kind) for key, wrappers in keys.items() if wrappers and key != KEY}
+    options = dict(patcher.model_options)
+    for each in (options.pop("transformer_options", {}), options):
+        names |= {str(name) for name, value in each.items() if value}
     return sorted(names)

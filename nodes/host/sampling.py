@@ -19,11 +19,11 @@ from ...quant_core.collector import MAX_BINS, Collector
 from ...quant_core.curvature import CurvatureCollector
 from ...quant_core.files import DamagedFile
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
+from ...quant_core.identity import describe
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
 from .attached import refuse_bypass, uncompiled
 from .gains import cached_gains
-from .identity import describe
 from .probes import probing
 from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders
 

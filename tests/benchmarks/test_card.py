@@ -1,5 +1,6 @@
 """benchmarks/card.py: what it runs, within the time it has, and that one step's failure does not keep others back."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,14 +51,14 @@ def test_a_failure_and_a_step_that_takes_too_long_keep_no_other_back(tmp_path, c
     slow = f"import subprocess, sys, time; print('begun'); subprocess.Popen([sys.executable, '-c', {child!r}])"
     todo = [
         step("fails", "print('why'); raise SystemExit(3)"),
-        step("slow", f"{slow}; time.sleep(60)", 0.1),
+        step("slow", f"{slow}; time.sleep(60)", 0.2),
         step("works", "import os; print(os.environ['WORD'])", WORD="told"),
     ]
     started = time.monotonic()
     outcomes = card.run_all(todo, 20, tmp_path, "x")
     assert time.monotonic() - started < 15
     assert outcomes["fails"] == f"failed with status 3; see {tmp_path / 'x_fails.log'}"
-    assert outcomes["slow"].startswith("stopped after 2 s")
+    assert re.match(r"stopped after \d s", outcomes["slow"])
     assert outcomes["works"] == "done"
     logs = {name: (tmp_path / f"x_{name}.log").read_text() for name in outcomes}
     assert "why" in logs["fails"]

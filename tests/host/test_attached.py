@@ -8,6 +8,7 @@ from host_server import PromptFailed
 pytestmark = pytest.mark.host
 
 QUANTIZED = p.quantize("rtn_w8a8", calibration=None)
+ROPE = {f"{kind}_{axis}": float(kind == "scale") for kind in ("scale", "shift") for axis in "xyt"}
 SHOWN = p.node("PreviewAny", source=p.link("calibration", 1))
 nonces = iter(range(7000, 8000))
 
@@ -89,12 +90,17 @@ def test_a_bypass_lora_behind_quantize_works(host_server, lora):
 def test_saving_names_what_is_no_part_of_the_weights(host_server):
     shifted = {
         "shifted": p.node("ModelSamplingSD3", model=p.link("model"), shift=6.0),
-        "star": p.node("CFGZeroStar", model=p.link("shifted")),
+        "scaled": p.node("ScaleROPE", model=p.link("shifted"), **ROPE),
+        "overridden": p.node("CFGOverride", model=p.link("scaled"), cfg=2.0, start_percent=0.0, end_percent=1.0),
+        "star": p.node("CFGZeroStar", model=p.link("overridden")),
     }
     prompt = p.BASE | shifted | p.quantize("rtn_w8a8", "star", None) | p.save("quantized", "shifted")
     text = p.report(host_server.run(prompt), "shifted file")
     assert "not in the file, to be connected again behind Load Quantized DiT" in text
     assert "model_sampling" in text
+    # a wrapper without a name of its own, and what blocks look at
+    assert "predict_noise" in text
+    assert "rope_options" in text
     assert "sampler_post_cfg_function" in text
     plain = host_server.run(p.BASE | QUANTIZED | p.save("quantized", "nothing_attached"))
     assert "not in the file" not in p.report(plain, "nothing_attached file")

@@ -7,6 +7,7 @@ import stat
 import struct
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +170,21 @@ def test_a_header_that_is_nested_without_end_is_refused(tmp_path):
     nested.write_bytes(raw_file(b"[" * 200_000))
     with pytest.raises(DamagedFile, match="header is not JSON"):
         read_header(nested)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of another kind")
+def test_a_file_that_is_read_only_is_replaced_and_stays_so(path):
+    write_tensors(path, TENSORS, {"which": "old"})
+    path.chmod(0o444)
+    write_tensors(path, TENSORS, {"which": "new"})
+    assert read_tensors(path)[1] == {"which": "new"}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+
+
+def test_a_file_system_without_permissions_is_written_to(path, monkeypatch):
+    def refuse(self, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_tensors(path, TENSORS, {"key": "value"})
+    assert read_tensors(path)[1] == {"key": "value"}
