@@ -105,6 +105,14 @@ def test_nan_counts_for_nothing_in_extremes_and_for_true_where_unordered():
     assert machine.registers["%r6"][:2].tolist() == [0, 1]
 
 
+def test_extremes_of_a_warp_keep_a_nan_only_where_they_say_so():
+    values = RANDOM.normal(size=32).astype(np.float32)
+    values[7] = np.nan
+    machine = run("redux.sync.max.f32 %r2, %r1, -1; redux.sync.min.NaN.f32 %r3, %r1, -1;", r1=bits(values))
+    assert (floats(machine, "%r2") == np.nanmax(values)).all()
+    assert np.isnan(floats(machine, "%r3")).all()
+
+
 def test_pairs_of_floats_in_one_register():
     a, b = RANDOM.normal(size=(2, 64)).astype(np.float32)
     machine = run(

@@ -32,17 +32,21 @@ def shuffle(instruction: Instruction, program: Program) -> Action:
 
 @translates("redux")
 def reduction(instruction: Instruction, program: Program) -> Action:
-    kind = instruction.parts[-1]
-    f = {"max": np.fmax if kind == "f32" else np.maximum, "min": np.fmin if kind == "f32" else np.minimum}
-    if instruction.parts[2] not in f or len(instruction.parts) != 4:
+    """A NaN counts for nothing unless the instruction says so."""
+    _, _, way, *rest, kind = instruction.parts
+    if way not in ("max", "min") or rest not in ([], ["NaN"]):
         raise unknown(instruction)
+    if kind == "f32" and not rest:
+        f = np.fmax if way == "max" else np.fmin
+    else:
+        f = np.maximum if way == "max" else np.minimum
     read = reader(instruction.operands[1], kind, program)
     write = writer(instruction.operands[0], kind, program)
 
     def run(machine: Machine) -> None:
         machine.whole_warps()
         value = read(machine).reshape(-1, WARP)
-        write(machine, np.repeat(f[instruction.parts[2]].reduce(value, axis=1), WARP))
+        write(machine, np.repeat(f.reduce(value, axis=1), WARP))
 
     return run
 
