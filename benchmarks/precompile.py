@@ -39,9 +39,9 @@ def compile_all(script: str, cases: Mapping[tuple, Hashable], device: str = "cud
             running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         errors = [process.communicate()[1] for process in running]
     return [
-        error.strip().splitlines()[-1]
+        (error.strip().splitlines() or [f"ended with status {process.returncode}"])[-1]
         for process, error in zip(running, errors, strict=True)
-        if process.returncode and error.strip()
+        if process.returncode
     ]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.native.library import AMX_FLAGS, amx_refusal, cpu_flags, unsupported
 from ..quant_core.calibration import Calibration
-from ..quant_core.files import read_header
+from ..quant_core.files import read_header, replacing
 from ..quant_core.metrics import psnr_db, relative_l2
 from ..quant_core.report import QuantReport
 from ..quant_core.schemes import PRESETS, QuantScheme, WeightArgs
@@ -275,12 +275,8 @@ def versions() -> dict[str, str]:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes beside the target and renames: nobody ever reads half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

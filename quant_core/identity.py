@@ -70,7 +70,11 @@ def of_object(value: object, depth: int) -> object:
         owner = getattr(value, "__self__", None)
         inside = [] if owner is None or isinstance(owner, ModuleType) else [owner]
         return [name_of(value), *(describe(each, depth - 1) for each in (*inside, *closed_over(value)))]
-    held = {name: each for name, each in vars_of(value).items() if name not in RUNTIME and not name.startswith("_")}
+    held = {
+        name: each
+        for name, each in getattr(value, "__dict__", {}).items()
+        if name not in RUNTIME and not name.startswith("_")
+    }
     described = describe(dict(sorted(held.items())), depth)
     if isinstance(value, nn.Module):
         parameters = [of_tensor(each) for _, each in zip(range(PARAMETERS), value.parameters(), strict=False)]
@@ -82,10 +86,6 @@ def of_tensor(value: torch.Tensor) -> object:
     if value.is_meta or value.layout is not torch.strided or not value.numel():
         return [list(value.shape), str(value.dtype)]
     return tensor_fingerprint(value)
-
-
-def vars_of(value: object) -> dict[str, object]:
-    return dict(getattr(value, "__dict__", {}))
 
 
 def closed_over(function: Callable) -> list[object]:
