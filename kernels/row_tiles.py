@@ -101,8 +101,7 @@ def plans(
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
         registers = 96 + 32 * find
-        tile = Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=not staged, registers=registers)
-        return (staging(tile, itemsize * inputs, capability) if staged else tile,)
+        return (Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=True, registers=registers),)
     costs: dict[Tile, float] = {}
     gelu = prologue == "gelu"
     fetching = (False,) if gelu else (False, True) if staged else (True, False)
@@ -123,6 +122,8 @@ def plans(
                 registers += 16 + 16 * (columns > 24)
             # the widest rows on any compute capability but 9
             registers += 16 * (capability // 10 in (8, 10, 12) and columns > 48)
+            # ptxas finds these for 16 warps, except on compute capability 12
+            registers -= 8 * (warps == 16 and columns == 32 and capability // 10 != 12)
             registers += 24 * (itemsize == 4 and columns > 56)
             # rows at any address: a mask and an address for every few columns
             registers += 80 * (K % 16 > 0)
@@ -130,14 +131,17 @@ def plans(
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue
         tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
-        if staged and not prefetch:
+        # of rows side by side each would be spread over all warps: a third more instructions
+        if staged and not prefetch and tile.rows == 1:
             tile = staging(tile, itemsize * inputs, capability)
         # sums over a row want registers more than they want warps, and another program for the time they take
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
         alone = 0.05 * (tile.programs_per_multiprocessor == 1)
         crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
         waiting = 0.1 * (not prefetch and tile.stages == 1)
-        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + 0.01 * (warps > 8))
+        # the sums of 16 warps, which a rotation outlasts
+        wide = (0.12 if order == 1 and prologue == "plain" else 0.01) * (warps > 8)
+        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + wide)
     return tuple(sorted(costs, key=lambda tile: costs[tile]))
 
 

@@ -89,8 +89,8 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int8_linear", 86): AMPERE_INT8,
     ("int8_linear", 89): AMPERE_INT8,
     ("int8_linear", 90): (
-        Tile(128, 128, 128, warps=4, stages=3, group_m=16, early=True, descriptors=True, store=True),
-        Tile(128, 128, 128, warps=4, stages=3, group_m=16, early=True),
+        Tile(128, 128, 128, warps=4, stages=3, group_m=32, early=True, descriptors=True, store=True),
+        Tile(128, 128, 128, warps=4, stages=3, group_m=32, early=True),
         Tile(64, 128, 128, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4),
         Tile(16, 64, 128, warps=4, stages=5),
@@ -119,7 +119,7 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int4_linear", 86): AMPERE_INT4,
     ("int4_linear", 89): AMPERE_INT4,
     ("int4_linear", 90): (
-        Tile(256, 64, 128, warps=4, stages=3, group_m=4, early=True, descriptors=True, store=True, ahead=True),
+        Tile(256, 64, 128, warps=4, stages=3, group_m=2, early=True, descriptors=True, store=True, ahead=True),
         Tile(128, 64, 128, warps=4, stages=4, early=True),
         Tile(64, 64, 128, warps=4, stages=4),
         Tile(32, 64, 128, warps=4, stages=4),

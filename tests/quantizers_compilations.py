@@ -119,7 +119,8 @@ def compilations(all: bool = False):
             yield compilation(15360, capability, order=256, ranges="static"), ""
     if not all:
         yield compilation(15360, 90, order=256, dtype="fp32"), ""
-        yield compilation(15360, 90, order=256, tables="finding directions"), ""
+        for capability in (80, 89, 90, 120):
+            yield compilation(15360, capability, order=256, tables="finding directions"), ""
         yield compilation(20480, 90, order=256, tables="directions"), ""
         yield compilation(3072, 90, order=256, prologue="layer"), ""
         yield compilation(12288, 90, order=256, prologue="gelu_tanh"), ""

@@ -67,10 +67,24 @@ def test_tiles_ahead_fit_in_shared_memory(itemsize, tables, prologue, capability
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("K", [1152, 1536, 2304, 3072, 3840, 4608, 5120, 6144, 10240, 12288, 13824, 15360])
+@pytest.mark.parametrize("K", [3072, 3840, 4608, 5120, 6144, 10240, 12288, 13824, 15360])
 def test_rows_of_published_models_have_two_tiles_on_their_way(K, capability):
     """In half precision, with shift and scale. Where the copy fills registers, ptxas asks for it half a row later."""
     assert plan(K, 1, 2, 2, capability=capability).stages >= 3
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("order", [1, 256])
+def test_rows_side_by_side_are_fetched_to_registers(order, capability):
+    """From shared memory each would be spread over all warps of the program."""
+    for K in (16, 64, 256, 1152, 1536, 2304):
+        found = plan(K, order if K % order == 0 else 1, 2, 2, capability=capability)
+        assert found.rows > 1
+        assert (found.prefetch, found.stages) == (True, 1)
+
+
+def test_sixteen_warps_share_a_row_where_a_rotation_outlasts_their_sums():
+    assert [plan(12288, order, 2, 2, capability=90).warps for order in (1, 256)] == [8, 16]
 
 
 def test_rows_beside_other_loads_are_fetched_to_registers():
