@@ -26,7 +26,8 @@ class Launcher:
 
     def __call__(self, programs: int, *operands: Any) -> None:
         """Runs on the current device. operands: tensors, descriptors, numbers and None, in the kernel's order."""
-        kinds = tuple([kind(operand) for operand in operands])
+        # what most operands are, without a call for each
+        kinds = tuple([None if operand is None else kind(operand) for operand in operands])
         compiled = self.compiled.get(kinds)
         if compiled is not None:
             compiled[(programs, 1, 1)](*operands, *self.constants)

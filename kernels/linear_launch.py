@@ -1,7 +1,6 @@
 """Host side that both linear kernels share: the tile, the options and the operands of a launch. Imports no triton."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -9,13 +8,13 @@ from torch import Tensor
 from . import autotune
 from .directions import check
 from .tiles import Tile, bucket_of, candidates, tile_for
-from .triton_device import capability_of
+from .triton_device import capability_of, selected
 
 
 def run(op: str, launch: Callable[[Tile], None], device: torch.device, M: int, N: int, K: int, flags: tuple) -> None:
     """launch(tile) on the tensors' device, with the tabled tile or, where asked for, the tuned one."""
     capability = capability_of(device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with selected(device):
         tile = tile_for(op, capability, M, N, K)
         if autotune.enabled(device):
             key = autotune.key_of(op, device, capability, M, N, K, flags)

@@ -11,7 +11,7 @@ from . import autotune
 from .directions import check
 from .launcher import Launcher, launcher
 from .row_tiles import VECTOR, Tile, plans
-from .triton_device import capability_of, device_refusal
+from .triton_device import capability_of, device_refusal, selected
 
 ORDERS = (1, 4, 16, 64, 256)
 # tiles that are compared where choices are measured: each takes seconds to compile
@@ -134,7 +134,7 @@ def launch(
             kernel(min(-(-M // tile.rows), most), x, up, *norm, *pointers, *sizes, tokens, *strides, eps)
 
     if M:
-        with torch.cuda.device_of(x):
+        with selected(x.device):
             run(fastest_tile(run, M, x.dtype, form) if autotune.enabled(x.device) else None)
     return codes, for_all_rows(scale, M), None if zero is None else for_all_rows(zero, M)
 

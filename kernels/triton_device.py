@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,7 @@ import torch
 MIN_CAPABILITY = (8, 0)
 # the first one that takes tuples in which operands are absent; torch 2.8 comes with it
 OLDEST_TRITON = (3, 4)
+AS_IT_IS = nullcontext()
 
 
 def interpreted() -> bool:
@@ -33,6 +35,13 @@ def capability_of(device: torch.device) -> int:
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def selected(device: torch.device) -> AbstractContextManager[object]:
+    """Makes it the current device, on which Triton launches. Looking whether it is takes less than making it so."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return AS_IT_IS
+    return torch.cuda.device(device)
 
 
 def device_refusal(device: torch.device) -> str | None:

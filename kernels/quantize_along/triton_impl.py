@@ -2,7 +2,6 @@
 
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -17,7 +16,7 @@ from ..quantize_rows import contiguous, launch
 from ..quantize_rows_triton import direction, neighbours, plus_products, row_sums, store_coordinates
 from ..quantizing_triton import table_row
 from ..row_tiles import finds
-from ..triton_device import capability_of
+from ..triton_device import capability_of, selected
 
 __all__ = ["coordinates", "quantize_along", "refusal"]
 
@@ -88,7 +87,7 @@ def coordinates(
     R = check(directions, K)
     x = x if x.stride(1) == 1 else x.contiguous()
     found = torch.empty((M, R), dtype=torch.bfloat16, device=x.device)
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+    with selected(x.device):
         if found.numel():
             kernel(x.device, R)(
                 triton.cdiv(M, ROWS),

@@ -1,5 +1,7 @@
 """Where Triton kernels may run, and the reason where they may not."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from dit_quant.kernels import triton_device
@@ -45,6 +47,23 @@ def test_cpu_tensors_only_in_the_interpreter(machine):
     assert triton_device.device_refusal(CPU) == "no Triton kernels for cpu tensors"
     machine(interpreted=True)
     assert triton_device.device_refusal(CPU) is None
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_is_changed_where_it_is_another_one(current, monkeypatch):
+    changes = []
+
+    @contextmanager
+    def change(device):
+        changes.append(device)
+        yield
+        changes.append("back")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", change)
+    with triton_device.selected(CUDA), triton_device.selected(CPU):
+        assert changes == [CUDA] * current
+    assert changes == [CUDA, "back"] * current
 
 
 def test_missing_triton_comes_first(machine):
