@@ -73,7 +73,8 @@ def steps(args: argparse.Namespace) -> list[Step]:
     gpu = ("--device", "cuda")
     tokens = ("--tokens", *map(str, TOKENS))
     found = [
-        Step("tests", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, *tests], 2),
+        # every result by its name: those of a run that is cut off as well
+        Step("tests", [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, *tests], 3),
         Step("kernels", script("kernels", f"kernels_{args.name}", *gpu, *tokens), 5),
         Step("launch_cost", script("launch_cost", f"launch_cost_{args.name}"), 0.5),
         Step("fused", script("fused", f"fused_{args.name}", *gpu), 1.5),
