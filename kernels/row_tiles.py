@@ -95,13 +95,13 @@ def plans(
     """
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return ()
-    inputs = 2 if prologue == "swiglu" else 1
-    # other loads of the loop would go through shared memory too; odd rows are no 16-byte copies; erf outlasts a load
-    staged = capability >= 80 and not directions and prologue not in ("layer", "rms", "gelu") and K % 16 == 0
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
         registers = 96 + 32 * find
         return (Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=True, registers=registers),)
+    inputs = 2 if prologue == "swiglu" else 1
+    # other loads of the loop would go through shared memory too; odd rows are no 16-byte copies; erf outlasts a load
+    staged = capability >= 80 and not directions and prologue not in ("layer", "rms", "gelu") and K % 16 == 0
     costs: dict[Tile, float] = {}
     gelu = prologue == "gelu"
     fetching = (False,) if gelu else (False, True) if staged else (True, False)
