@@ -26,8 +26,7 @@ class Launcher:
 
     def __call__(self, programs: int, *operands: Any) -> None:
         """Runs on the current device. operands: tensors, descriptors, numbers and None, in the kernel's order."""
-        # many operands are absent: no call for those
-        kinds = tuple([None if operand is None else kind(operand) for operand in operands])
+        kinds = tuple([kind(operand) for operand in operands])
         compiled = self.compiled.get(kinds)
         if compiled is not None:
             compiled[(programs, 1, 1)](*operands, *self.constants)

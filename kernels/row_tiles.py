@@ -131,7 +131,7 @@ def plans(
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue
         tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
-        # of rows side by side each would be spread over all warps: a third more instructions
+        # of rows side by side Triton would spread each over all warps: more sums between them, more barriers
         if staged and not prefetch and tile.rows == 1:
             tile = staging(tile, itemsize * inputs, capability)
         # sums over a row want registers more than they want warps, and another program for the time they take
