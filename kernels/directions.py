@@ -33,3 +33,20 @@ def check(coordinates: Tensor | None, table: Tensor | None, M: int, D: int) -> N
         )
     if R > MOST:
         raise ValueError(f"{R} directions are more than {MOST}")
+
+
+def check_tables(directions: Tensor | None, responses: Tensor | None, K: int, N: int) -> None:
+    """What `check` asks of both tables of a layer, whose coordinates are found on the way."""
+    if directions is None and responses is None:
+        return
+    if directions is None or responses is None:
+        raise ValueError("directions and the weight's responses to them come together")
+    if directions.dtype is not torch.float16 or responses.dtype is not torch.float16:
+        raise ValueError(f"directions and responses are fp16, got {directions.dtype} and {responses.dtype}")
+    R = directions.shape[0]
+    if directions.shape[1] != K or responses.shape != (R, N):
+        raise ValueError(
+            f"directions {tuple(directions.shape)} and responses {tuple(responses.shape)} are not [R, {K}], [R, {N}]"
+        )
+    if R > MOST:
+        raise ValueError(f"{R} directions are more than {MOST}")

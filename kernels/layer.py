@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .backends import AUTO
 from .dispatch import backend_of, cannot_launch
+from .native.layer import layer
 from .ops import QUANTIZE_ACTIVATION, along_key, product_key
 from .quantizer_op import has_zero
 
@@ -30,22 +31,22 @@ def whole_layer(
     responses: Tensor | None = None,
     backend: str = AUTO,
 ) -> Tensor | None:
-    """x [M, K] float, w [N, K] int8 or packed [N, K / 2] -> y [M, N] in the type of x, the bits of the two ops.
+    """x [..., K] float, w [N, K] int8 or packed [N, K / 2] -> y [..., N] in the type of x, the bits of the two ops.
 
     None where these must be called one after the other: another backend runs one of them, or torch.compile looks on.
     Their keywords are those of `quantize_activation`, `quantize_along`, `int8_linear` and `int4_linear`.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
+    K = x.shape[-1]
+    shape = x.numel() // K, K
     if directions is None:
-        first = QUANTIZE_ACTIVATION.key(x, x.shape, hadamard, symmetric, static_scale, static_zero, backend)
+        first = QUANTIZE_ACTIVATION.key(x, shape, hadamard, symmetric, static_scale, static_zero, backend)
     else:
-        first = along_key(x, hadamard, symmetric, backend)
-    second = product_key(x, w, levels, x.dtype, not has_zero(symmetric, static_scale, static_zero), backend)
+        first = along_key(x, shape, hadamard, symmetric, backend)
+    second = product_key(w, shape, levels, x.dtype, not has_zero(symmetric, static_scale, static_zero), backend)
     if backend_of(first) != "native" or backend_of(second) != "native":
         return None
-    from .native.layer import layer
-
     try:
         return layer(
             x,

@@ -82,17 +82,19 @@ def quantize_activation(
     )
 
 
-def along_key(x: Tensor, hadamard: int, symmetric: bool, backend: str) -> Key:
-    """What the dispatcher chooses quantize_along by."""
-    M, K = x.shape
+def along_key(x: Tensor, shape: tuple[int, ...], hadamard: int, symmetric: bool, backend: str) -> Key:
+    """What the dispatcher chooses quantize_along by; shape: (M, K)."""
+    M, K = shape
     return "quantize_along", x.device, x.dtype, bucket(M), K, None, None, hadamard, symmetric, False, backend
 
 
-def product_key(a: Tensor, w: Tensor, levels: Tensor | None, dtype: torch.dtype, zeroless: bool, backend: str) -> Key:
-    """What the dispatcher chooses int8_linear by, or with levels int4_linear; a: [M, K], codes or what they are of."""
-    (M, K), N = a.shape, w.shape[0]
+def product_key(
+    w: Tensor, shape: tuple[int, ...], levels: Tensor | None, dtype: torch.dtype, zeroless: bool, backend: str
+) -> Key:
+    """What the dispatcher chooses int8_linear by, or with levels int4_linear; shape: (M, K) of the codes."""
+    (M, K), N = shape, w.shape[0]
     op, group_size = ("int8_linear", None) if levels is None else ("int4_linear", K // levels.shape[1])
-    return op, a.device, dtype, bucket(M), K, N, group_size, 1, zeroless, False, backend
+    return op, w.device, dtype, bucket(M), K, N, group_size, 1, zeroless, False, backend
 
 
 def quantize_along(
@@ -114,7 +116,7 @@ def quantize_along(
         )
         return codes, scale, None if symmetric else zero, p
     return run(
-        along_key(x, hadamard, symmetric, backend),
+        along_key(x, x.shape, hadamard, symmetric, backend),
         x,
         directions=directions,
         index=index,
@@ -150,7 +152,7 @@ def int8_linear(
             responses, dtype, backend,
         )  # fmt: skip
     return run(
-        product_key(a, w, None, dtype, row_zero is None, backend),
+        product_key(w, a.shape, None, dtype, row_zero is None, backend),
         a,
         w,
         row_scale=row_scale,
@@ -193,7 +195,7 @@ def int4_linear(
             coordinates, responses, dtype, backend,
         )  # fmt: skip
     return run(
-        product_key(a, packed, levels, dtype, row_zero is None, backend),
+        product_key(packed, a.shape, levels, dtype, row_zero is None, backend),
         a,
         packed,
         levels=levels,

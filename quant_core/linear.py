@@ -106,10 +106,11 @@ def quant_linear(
 
     Products of K in integers; p, the coordinates of a token along the layer's directions V, where it has any.
     """
-    rows, group = x.reshape(-1, x.shape[-1]), {"index": index, "fraction": fraction, "backend": backend}
-    y = whole_layer(rows, w.qdata, **quantizer(w), directions=w.directions, **product(w, bias), **group)
+    group = {"index": index, "fraction": fraction, "backend": backend}
+    y = whole_layer(x, w.qdata, **quantizer(w), directions=w.directions, **product(w, bias), **group)
     if y is not None:
-        return y.reshape(*x.shape[:-1], w.features[0])
+        return y
+    rows = x.reshape(-1, x.shape[-1])
     if w.directions is None:
         quantized, p = quantize_activation(rows, **quantizer(w), **group), None
     else:

@@ -9,4 +9,4 @@ __all__ = ["int4_linear", "refusal"]
 
 def int4_linear(a: Tensor, packed: Tensor, *, levels: Tensor, table: Tensor | None = None, **epilogue) -> Tensor:
     """As the reference, and bit-equal to it."""
-    return int8_linear(a, packed, levels=levels, table=table, **epilogue)
+    return int8_linear(a, packed, levels=levels, codebook=table, **epilogue)

@@ -1,14 +1,13 @@
 """int8 x int8 product in C: AVX-512 VNNI or AMX, its epilogue on the accumulators while they are near."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..directions import check
 from ..native import library
-from ..native.arguments import address, table_row, vector
+from ..native.arguments import address, check_group, group_of, table, vector
 from ..native.scratch import scratch
+from ..native.structs import DTYPES, Weight
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -32,83 +31,51 @@ def int8_linear(
     responses: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     levels: Tensor | None = None,
-    table: Tensor | None = None,
+    codebook: Tensor | None = None,
 ) -> Tensor:
-    """As the reference, and bit-equal to it. levels [N, G], table [16]: w is packed, [N, K / 2], see int4_linear."""
+    """As the reference, and bit-equal to it. levels [N, G], codebook [16]: w is packed, [N, K / 2], see int4_linear."""
     native = library.required()
     (M, K), N = a.shape, len(w)
     if a.dtype is not torch.int8:
         raise ValueError(f"codes are int8, got {a.dtype}")
     if row_zero is not None and column_sum is None:
         raise ValueError("an asymmetric activation needs the weight's column sums")
-    weight = weight_of(w, K, index, fraction, levels, table, column_scale, column_sum, bias, correction, responses)
+    weight = weight_of(w, K, levels, codebook, column_scale, column_sum, bias, correction, responses)
     check(coordinates, responses, M, N)
     a, p = a.contiguous(), None if coordinates is None else coordinates.contiguous()
     row_scale_, row_zero = (
         vector(name, values, M, torch.float32) for name, values in (("row_scale", row_scale), ("row_zero", row_zero))
     )
     y = torch.empty(M, N, dtype=dtype, device=a.device)
-    native.linear(
+    found = native.linear(
         address(a),
-        address(weight.w),
-        address(weight.levels),
-        address(weight.table),
         M,
-        N,
         K,
-        weight.groups,
         address(row_scale_),
         address(row_zero),
-        address(weight.scale),
-        address(weight.sums),
-        address(weight.bias),
-        address(weight.correction),
-        weight.rank,
         address(p),
-        address(weight.responses),
+        weight,
+        group_of(index, fraction),
         address(y),
-        library.DTYPES[dtype],
+        DTYPES[dtype],
         scratch(native.linear_buffer(M, N, K, weight.rank, torch.get_num_threads())),
     )
+    check_group(found, index, correction=correction)
     return y
-
-
-class Weight(NamedTuple):
-    """What C takes of a product's weight: w [N, K] int8, or packed [N, K / 2] with levels [N, G]; table [16] int8;
-    scale, bias, correction [N] fp32, sums [N] int32, responses [R, N] fp16."""
-
-    w: Tensor
-    levels: Tensor | None
-    table: Tensor | None
-    scale: Tensor | None
-    sums: Tensor | None
-    bias: Tensor | None
-    correction: Tensor | None
-    responses: Tensor | None
-
-    @property
-    def groups(self) -> int:
-        return 0 if self.levels is None else self.levels.shape[1]
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.responses is None else len(self.responses)
 
 
 def weight_of(
     w: Tensor,
     K: int,
-    index: Tensor,
-    fraction: Tensor,
     levels: Tensor | None,
-    table: Tensor | None,
+    codebook: Tensor | None,
     column_scale: Tensor,
     column_sum: Tensor | None,
     bias: Tensor | None,
     correction: Tensor | None,
     responses: Tensor | None,
 ) -> Weight:
-    """Raises ValueError where C would read past the end of one of them."""
+    """codebook: the 16 levels of a 4-bit weight. Raises ValueError where C would read past the end of a tensor."""
     N, stored = w.shape
     if w.dtype is not (torch.int8 if levels is None else torch.uint8):
         raise ValueError(f"codes and weights int8, or weights uint8 when packed: got weights {w.dtype}")
@@ -116,14 +83,17 @@ def weight_of(
         raise ValueError(f"a weight of {stored} bytes a row does not fit tokens of K={K}")
     if levels is not None and (K % 2 or levels.dtype is not torch.uint8 or len(levels) != N or K % levels.shape[1]):
         raise ValueError(f"levels {tuple(levels.shape)} {levels.dtype} do not fit a weight of N={N}, K={K}")
-    c = None if correction is None else table_row(correction, index, fraction)
-    return Weight(
+    kept = (
         w.contiguous(),
         None if levels is None else levels.contiguous(),
-        vector("table", table, 16, torch.int8),
-        vector("column_scale", column_scale, N, torch.float32),
+        vector("table", codebook, 16, torch.int8),
         vector("column_sum", column_sum, N, torch.int32),
-        vector("bias", bias, N, torch.float32),
-        vector("correction", c, N, torch.float32),
         None if responses is None else responses.contiguous(),
     )
+    codes, groups, values, sums, along = map(address, kept)
+    scale, added = table("column_scale", column_scale, N), table("bias", bias, N)
+    moving = table("correction", correction, N, timesteps=True)
+    G, rank = 0 if levels is None else levels.shape[1], 0 if responses is None else responses.shape[0]
+    weight = Weight(codes, groups, values, N, G, rank, scale, added, moving, sums, along)
+    weight.kept = kept, scale, added, moving
+    return weight

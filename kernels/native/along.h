@@ -23,7 +23,7 @@ INLINE int64_t padded_rank(int64_t rank) { return (rank + SUMS - 1) / SUMS * SUM
 
 // V fp16 [rank, K], 1 / s, z -> fp32 in `buffer` [2 padded, K]
 INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, const float *factor,
-                                const float *shift, int order, float *buffer) {
+                                const float *shift, int swapped, float *buffer) {
     Directions d = {.K = K, .rank = rank, .padded = padded_rank(rank), .V = buffer};
     d.duals = buffer + d.padded * K;
     for (int64_t r = 0; r < d.padded; r++) {
@@ -38,7 +38,7 @@ INLINE Directions directions_of(const uint16_t *given, int64_t rank, int64_t K, 
             sum = _mm512_fmadd_ps(v, load_floats(shift + k, mask), sum);
         }
         if (r < rank) d.origin[r] = _mm512_reduce_add_ps(sum);
-        if (order >= 64) swap_table(d.V + r * K, K, d.V + r * K);
+        if (swapped) swap_table(d.V + r * K, K);
     }
     return d;
 }

@@ -1,27 +1,52 @@
 """Tensors as C takes them: contiguous, of the right type and size, by address."""
 
-from torch import Tensor, dtype
+import torch
+from torch import Tensor
 
-from ..numerics import lerp_rows
+from .structs import DTYPES, Group, Table
 
-
-def table_row(table: Tensor, index: Tensor, fraction: Tensor) -> Tensor:
-    """`lerp_rows`; where nothing is interpolated, in a third of its calls: a CPU may look at its own memory.
-
-    May be a part of the table, which an op must not return.
-    """
-    return table[int(index)].float() if float(fraction) == 0 else lerp_rows(table, index, fraction)
+ABSENT = Table()
 
 
-def vector(name: str, values: Tensor | None, size: int, kind: dtype) -> Tensor | None:
-    """values [size], in any shape -> contiguous, of type `kind`. Raises ValueError for another size."""
+def vector(name: str, values: Tensor | None, size: int, *kinds: torch.dtype) -> Tensor | None:
+    """values [size], in any shape -> contiguous, of one of the types, else of the first. Raises ValueError for another
+    size."""
     if values is None:
         return None
     if values.numel() != size:
         raise ValueError(f"{name} has {values.numel()} entries, not {size}")
-    if values.dtype is kind and values.is_contiguous():
-        return values
-    return values.reshape(-1).to(kind).contiguous()
+    if values.dtype not in kinds:
+        values = values.to(kinds[0])
+    return values if values.is_contiguous() else values.contiguous()
+
+
+def table(name: str, values: Tensor | None, size: int, timesteps: bool = False) -> Table:
+    """values [size], or for timestep groups [T, size]. Raises as `vector` and `address`."""
+    if values is None:
+        return ABSENT
+    rows = values.shape[0] if timesteps else 0
+    kept = vector(name, values, rows * size if timesteps else size, *DTYPES)
+    assert kept is not None
+    filled = Table(address(kept), DTYPES[kept.dtype], rows)
+    filled.kept = kept
+    return filled
+
+
+def group_of(index: Tensor, fraction: Tensor) -> Group:
+    """index, fraction [1]. C reads them: to ask torch for them takes as long as anything else that Python does here."""
+    kept = vector("index", index, 1, torch.int64), vector("fraction", fraction, 1, torch.float32)
+    group = Group(*map(address, kept))
+    group.kept = kept
+    return group
+
+
+def check_group(found: int, index: Tensor, **tables: Tensor | None) -> None:
+    """Raises IndexError where C has not found the group in all tables [T, ...]."""
+    if found:
+        return
+    for name, values in tables.items():
+        if values is not None and not 0 <= int(index) < len(values):
+            raise IndexError(f"timestep group {int(index)} is not in {name}, which has {len(values)}")
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -27,6 +27,7 @@ HEADERS = (
     "product.h",
     "quantizer.h",
     "rotation.h",
+    "tables.h",
     "team.h",
     "transpose.h",
     "vnni.h",

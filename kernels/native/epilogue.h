@@ -23,37 +23,58 @@ static void pack_terms(const Product *p, int64_t m, float *terms) {
     }
 }
 
-// what is added to the outputs of columns n and following
-INLINE __m512 addend(const Product *p, int64_t n, __mmask16 mask) {
-    __m512 bias = p->bias ? _mm512_maskz_loadu_ps(mask, p->bias + n) : _mm512_setzero_ps();
-    if (!p->correction) return bias;
-    __m512 correction = _mm512_maskz_loadu_ps(mask, p->correction + n);
-    return p->bias ? _mm512_add_ps(bias, correction) : correction;
+// fp32 terms of the columns, strip by strip: [3 + rank, STRIP] column scale, column sum, bias + c, responses; 0 past
+// the last column
+INLINE int64_t columns_size(int64_t N, int64_t rank) { return strips(N) * STRIP * (3 + rank); }
+
+INLINE float *column_terms(const Product *p, int64_t n) { return p->columns + n * (3 + p->rank); }
+
+static void list_columns(const Product *p, const Weight *w, Group group) {
+    for (int64_t n = 0; n < strips(p->N) * STRIP; n += LANES) {
+        const __mmask16 mask = first_lanes(MAX(p->N - n, 0));
+        float *at = column_terms(p, n / STRIP * STRIP) + n % STRIP;
+        __m512 added = row_lanes(&w->bias, group, p->N, n, mask);
+        if (w->correction.data) {
+            __m512 correction = row_lanes(&w->correction, group, p->N, n, mask);
+            added = w->bias.data ? _mm512_add_ps(added, correction) : correction;
+        }
+        _mm512_store_ps(at, row_lanes(&w->column_scale, group, p->N, n, mask));
+        if (w->column_sum) {
+            __m512i sum = _mm512_maskz_loadu_epi32(mask, w->column_sum + n);
+            _mm512_store_ps(at + STRIP, _mm512_cvtepi32_ps(sum));
+        }
+        _mm512_store_ps(at + 2 * STRIP, added);
+        for (int64_t r = 0; r < p->rank; r++)
+            _mm512_store_ps(at + (3 + r) * STRIP, load_lanes(w->responses + r * p->N, FP16, n, mask));
+    }
 }
 
-// row scale * column scale * (sum - zero * column sum) + p B + (b + c), in the order of the reference, of up to
-// MOST_ROWS rows of a tile times a strip: rows m and following, columns n and following
-INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, int64_t rows, const int count,
-                   const __m512i sum[][2]) {
-    const __mmask16 masks[2] = {first_lanes(p->N - n), first_lanes(MAX(p->N - n - LANES, 0))};
-    const int added = p->bias || p->correction, zeros = p->row_zero != NULL;
+// row scale * column scale * (sum - zero * column sum) + p B + (b + c), in the order of the reference, of `count` rows of
+// a tile times a strip. whole: none of these rows and columns is past the last.
+INLINE void finish_block(const Product *p, const float *terms, int64_t m, int64_t n, int64_t rows, const int count,
+                         const __m512i sum[][2], const int dtype, const int whole) {
+    const __mmask16 masks[2] = {whole ? ALL : first_lanes(p->N - n),
+                                whole ? ALL : first_lanes(MAX(p->N - n - LANES, 0))};
+    const float *columns = column_terms(p, n);
     __m512 y[MOST_ROWS][2];
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        const int64_t at = n + half * LANES;
-        __m512 scale = _mm512_maskz_loadu_ps(masks[half], p->column_scale + at), column = _mm512_setzero_ps();
-        if (zeros) column = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(masks[half], p->column_sum + at));
+        const __m512 scale = _mm512_load_ps(columns + half * LANES);
 #pragma GCC unroll 12
-        for (int i = 0; i < count; i++) {
-            __m512 v = _mm512_cvtepi32_ps(sum[i][half]);
-            if (zeros) v = _mm512_sub_ps(v, _mm512_mul_ps(_mm512_set1_ps(terms[TILE_M + i]), column));
-            y[i][half] = _mm512_mul_ps(_mm512_mul_ps(v, _mm512_set1_ps(terms[i])), scale);
+        for (int i = 0; i < count; i++) y[i][half] = _mm512_cvtepi32_ps(sum[i][half]);
+        if (p->row_zero) {
+            const __m512 column = _mm512_load_ps(columns + STRIP + half * LANES);
+#pragma GCC unroll 12
+            for (int i = 0; i < count; i++)
+                y[i][half] = _mm512_sub_ps(y[i][half], _mm512_mul_ps(_mm512_set1_ps(terms[TILE_M + i]), column));
         }
+#pragma GCC unroll 12
+        for (int i = 0; i < count; i++)
+            y[i][half] = _mm512_mul_ps(_mm512_mul_ps(y[i][half], _mm512_set1_ps(terms[i])), scale);
     }
     for (int64_t r = 0; r < p->rank; r++) {
-        const float *response = p->responses + r * p->N + n;
-        __m512 low = _mm512_maskz_loadu_ps(masks[0], response);
-        __m512 high = _mm512_maskz_loadu_ps(masks[1], response + LANES);
+        const float *response = columns + (3 + r) * STRIP;
+        const __m512 low = _mm512_load_ps(response), high = _mm512_load_ps(response + LANES);
         // fused: p B is exact, see kernels/directions.py
 #pragma GCC unroll 12
         for (int i = 0; i < count; i++) {
@@ -64,15 +85,31 @@ INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, i
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        __m512 more = addend(p, n + half * LANES, masks[half]);
+        const __m512 added = _mm512_load_ps(columns + 2 * STRIP + half * LANES);
+        if (p->added)
+#pragma GCC unroll 12
+            for (int i = 0; i < count; i++) y[i][half] = _mm512_add_ps(y[i][half], added);
         if (!masks[half]) break;
 #pragma GCC unroll 12
         for (int i = 0; i < count; i++) {
-            if (i >= rows) break;
-            if (added) y[i][half] = _mm512_add_ps(y[i][half], more);
-            store_lanes(p->y, p->dtype, (m + i) * p->N + n + half * LANES, masks[half], y[i][half]);
+            if (!whole && i >= rows) break;
+            store_lanes(p->y, dtype, (m + i) * p->N + n + half * LANES, masks[half], y[i][half]);
         }
     }
+}
+
+// up to MOST_ROWS rows: rows m and following, columns n and following
+INLINE void finish(const Product *p, const float *terms, int64_t m, int64_t n, int64_t rows, const int count,
+                   const __m512i sum[][2]) {
+    const int whole = n + STRIP <= p->N && rows >= count;
+    if (!whole)
+        finish_block(p, terms, m, n, rows, count, sum, p->dtype, 0);
+    else if (p->dtype == FP32)
+        finish_block(p, terms, m, n, rows, count, sum, FP32, 1);
+    else if (p->dtype == BF16)
+        finish_block(p, terms, m, n, rows, count, sum, BF16, 1);
+    else
+        finish_block(p, terms, m, n, rows, count, sum, FP16, 1);
 }
 
 #endif

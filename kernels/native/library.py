@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..backends import first_line
+from . import structs
 from .build import compiled
 
 log = logging.getLogger("dit_quant")
@@ -32,74 +33,32 @@ AMX_OPTIONS = (*(f"-m{flag.replace('_', '-')}" for flag in AMX_FLAGS), "-DDIT_QU
 # arch_prctl asks Linux for the registers of AMX, of this whole process: number, request, XTILEDATA
 ASK_FOR_AMX = (158, 0x1023, 18)
 
-POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+POINTER, SIZE, INT = structs.POINTER, structs.SIZE, structs.INT
 TEAM = (POINTER, POINTER, ctypes.c_uint)
-# number, coordinates, table
-DIRECTIONS = (SIZE, POINTER, POINTER)
+TOKENS, WEIGHT, GROUP = map(ctypes.POINTER, (structs.Tokens, structs.Weight, structs.Group))
 SIGNATURES = {
-    "quantize_activation": (
-        None,
-        # x, dtype, M, K, stride; offset, smooth; number of directions, whether to find the coordinates, these and the
-        # directions; order, symmetric; fixed range; codes, scale, zero; buffer
-        (
-            *TEAM,
-            POINTER,
-            INT,
-            SIZE,
-            SIZE,
-            SIZE,
-            POINTER,
-            POINTER,
-            SIZE,
-            INT,
-            POINTER,
-            POINTER,
-            INT,
-            INT,
-            *[POINTER] * 6,
-        ),
-    ),
-    # a, w, levels, table; M, N, K, G; row scale and zero, column scale and sum, bias, correction; directions; y, dtype,
-    # buffer
-    "linear": (None, (*TEAM, *[POINTER] * 4, *[SIZE] * 4, *[POINTER] * 6, *DIRECTIONS, POINTER, INT, POINTER)),
-    # x, dtype, M, K, stride; offset, smooth; directions; order, symmetric; fixed range; w, levels; N, G; column scale
-    # and sum, bias, correction, responses; y; buffer
-    "layer": (
-        None,
-        (
-            *TEAM,
-            POINTER,
-            INT,
-            *[SIZE] * 3,
-            POINTER,
-            POINTER,
-            SIZE,
-            POINTER,
-            INT,
-            INT,
-            *[POINTER] * 4,
-            SIZE,
-            SIZE,
-            *[POINTER] * 7,
-        ),
-    ),
+    # tokens, group; coordinates, whether to find them; codes, scale, zero; buffer
+    "quantize_activation": (INT, (*TEAM, TOKENS, GROUP, POINTER, INT, *[POINTER] * 4)),
+    # a, M, K; row scale and zero, coordinates; weight, group; y, dtype; buffer
+    "linear": (INT, (*TEAM, POINTER, SIZE, SIZE, *[POINTER] * 3, WEIGHT, GROUP, POINTER, INT, POINTER)),
+    # tokens, weight, group; y; buffer
+    "layer": (INT, (*TEAM, TOKENS, WEIGHT, GROUP, POINTER, POINTER)),
     "quantizer_buffer": (SIZE, (SIZE, SIZE, ctypes.c_uint)),
     "linear_buffer": (SIZE, (SIZE, SIZE, SIZE, SIZE, ctypes.c_uint)),
     "layer_buffer": (SIZE, (SIZE, SIZE, SIZE, SIZE, ctypes.c_uint)),
 }
-# as numbered in lanes.h
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of the C sources. Those without a result start a team of threads, their first arguments."""
+    """The functions of the C sources. Those that take a team of threads, their first arguments, return whether all
+    tables have the timestep group."""
 
-    quantize_activation: Callable[..., None]
+    quantize_activation: Callable[..., int]
     quantizer_buffer: Callable[[int, int, int], int]
-    linear: Callable[..., None]
+    linear: Callable[..., int]
     linear_buffer: Callable[[int, int, int, int, int], int]
-    layer: Callable[..., None]
+    layer: Callable[..., int]
     layer_buffer: Callable[[int, int, int, int, int], int]
 
 
@@ -107,7 +66,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the native ops do not run. The first call compiles them."""
     if device.type != "cpu":
         return "runs on CPU only"
-    if dtype not in DTYPES:
+    if dtype not in structs.DTYPES:
         return f"no {dtype}"
     found = library()
     return found if isinstance(found, str) else None

@@ -92,25 +92,29 @@ static void multiply_panels(void *data) {
 
 // bytes of scratch memory
 int64_t linear_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned threads) {
-    return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + VALUES_SIZE + rank * N * 4;
+    return chunk_tiles(M, K, rank) * tile_size(K, rank) + threads * panel_size(K) + VALUES_SIZE +
+           columns_size(N, rank) * 4;
 }
 
-// responses [rank, N] fp16; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
-static void multiply_all(Product p, parallel_t parallel, number_t number, unsigned threads, const int8_t *table,
-                         const uint16_t *responses, uint8_t *buffer) {
+// p: its tokens, y and shape; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
+static void multiply_all(Product p, const Weight *w, Group group, parallel_t parallel, number_t number,
+                         unsigned threads, uint8_t *buffer) {
     if (!p.M) return;
-    int64_t most = chunk_tiles(p.M, p.K, p.rank), chunks = (tiles(p.M) + most - 1) / most;
-    int64_t nbytes = p.M * p.N * width(p.dtype);
+    int64_t most = chunk_tiles(p.M, p.K, w->rank), chunks = (tiles(p.M) + most - 1) / most;
+    int64_t nbytes = p.M * w->N * width(p.dtype);
+    p.w = w->w;
+    p.levels = w->levels;
+    p.N = w->N;
+    p.G = w->G;
+    p.rank = w->rank;
     p.panel = panel_strips(p.K);
     p.tokens = buffer;
     p.panels = buffer + most * tile_size(p.K, p.rank);
     p.values = (int8_t(*)[16])(p.panels + threads * panel_size(p.K));
-    if (p.levels) list_values(table, p.values);
-    p.responses = (float *)(p.values + 256);
-    for (int64_t at = 0; at < p.rank * p.N; at += LANES) {
-        __mmask16 mask = first_lanes(p.rank * p.N - at);
-        store_lanes(p.responses, FP32, at, mask, load_lanes(responses, FP16, at, mask));
-    }
+    p.columns = (float *)(p.values + 256);
+    p.added = w->bias.data || w->correction.data;
+    if (p.levels) list_values(w->table, p.values);
+    list_columns(&p, w, group);
     if (nbytes >= LARGE) {
         // fresh memory: one page fault for 2 MiB in place of 512, which would cost a third of the product
         uintptr_t start = ((uintptr_t)p.y + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -130,18 +134,17 @@ static void multiply_all(Product p, parallel_t parallel, number_t number, unsign
     }
 }
 
-// a [M, K]; w [N, K] int8, or with levels [N, G] packed [N, K / 2]; table [16] or null; row_scale, row_zero [M];
-// column_scale, column_sum, bias, correction [N], of which all but column_scale may be null; coordinates [M, rank]
-// bf16, responses [rank, N] fp16; y [M, N]; buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes
-void linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, const uint8_t *w,
-            const uint8_t *levels, const int8_t *table, int64_t M, int64_t N, int64_t K, int64_t G,
-            const float *row_scale, const float *row_zero, const float *column_scale, const int32_t *column_sum,
-            const float *bias, const float *correction, int64_t rank, const uint16_t *coordinates,
-            const uint16_t *responses, void *y, int dtype, uint8_t *buffer) {
-    Product p = {.a = a, .w = w, .levels = levels, .M = M, .N = N, .K = K, .G = G, .row_scale = row_scale,
-                 .row_zero = row_zero, .column_scale = column_scale, .bias = bias, .correction = correction,
-                 .column_sum = column_sum, .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
-    multiply_all(p, parallel, number, threads, table, responses, buffer);
+// a [M, K] int8; row_scale, row_zero [M], of which the second may be null; coordinates [M, rank] bf16; y [M, N];
+// buffer [linear_buffer(M, N, K, rank, threads)], aligned to 64 bytes. Where a table has not the group that is asked
+// for nothing happens. Whether it has.
+int linear(parallel_t parallel, number_t number, unsigned threads, const int8_t *a, int64_t M, int64_t K,
+           const float *row_scale, const float *row_zero, const uint16_t *coordinates, const Weight *w,
+           const Group *group, void *y, int dtype, uint8_t *buffer) {
+    if (outside(&w->correction, *group)) return 0;
+    Product p = {.a = a, .M = M, .K = K, .row_scale = row_scale, .row_zero = row_zero, .coordinates = coordinates,
+                 .y = y, .dtype = dtype};
+    multiply_all(p, w, *group, parallel, number, threads, buffer);
+    return 1;
 }
 
 // bytes of scratch memory
@@ -151,27 +154,23 @@ int64_t layer_buffer(int64_t M, int64_t N, int64_t K, int64_t rank, unsigned thr
 }
 
 // quantize_activation, or with directions quantize_along, and `linear` of its codes, which are never in memory as a
-// whole: the same bits. x [M, K], its rows `stride` apart; the tables as there; y [M, N] of the type of x;
-// buffer [layer_buffer(M, N, K, rank, threads)], aligned to 64 bytes
-void layer(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M, int64_t K,
-           int64_t stride, const float *shift, const float *smooth, int64_t rank, const uint16_t *directions, int order,
-           int symmetric, const float *fixed_scale, const float *fixed_zero, const uint8_t *w, const uint8_t *levels,
-           int64_t N, int64_t G, const float *column_scale, const int32_t *column_sum, const float *bias,
-           const float *correction, const uint16_t *responses, void *y, uint8_t *buffer) {
-    uint8_t *room = buffer + (linear_buffer(M, N, K, rank, threads) + 63) / 64 * 64;
-    float *tables = (float *)room, *scale = tables + quantizer_buffer(K, rank, threads) / 4, *zero = scale + M;
+// whole: the same bits. y [M, N] of the type of x; buffer [layer_buffer(M, N, K, rank, threads)], aligned to 64 bytes.
+// Where a table has not the group that is asked for nothing happens. Whether it has.
+int layer(parallel_t parallel, number_t number, unsigned threads, const Tokens *x, const Weight *w, const Group *group,
+          void *y, uint8_t *buffer) {
+    if (!has_group(x, *group) || outside(&w->correction, *group)) return 0;
+    const int64_t M = x->M, K = x->K;
+    uint8_t *room = buffer + (linear_buffer(M, w->N, K, w->rank, threads) + 63) / 64 * 64;
+    float *tables = (float *)room, *scale = tables + quantizer_buffer(K, w->rank, threads) / 4, *zero = scale + M;
     uint16_t *coordinates = (uint16_t *)(zero + M);
-    int zeros = fixed_scale ? fixed_zero != NULL : !symmetric;
-    for (int64_t m = 0; fixed_scale && m < M; m++) {
-        scale[m] = *fixed_scale;
-        zero[m] = fixed_zero ? *fixed_zero : 0.0f;
+    Quantizer quantizer = quantizer_of(x, *group, threads, coordinates, w->rank > 0, scale, zero, tables);
+    for (int64_t m = 0; quantizer.fixed && m < M; m++) {
+        scale[m] = quantizer.fixed_scale;
+        zero[m] = quantizer.fixed_zero;
     }
-    Quantizer quantizer = quantizer_of(threads, x, dtype, M, K, stride, shift, smooth, rank, rank > 0, coordinates,
-                                       directions, order, symmetric, fixed_scale, fixed_zero, scale,
-                                       zeros ? zero : NULL, tables);
-    Product p = {.quantizer = &quantizer, .own = (int8_t *)(coordinates + M * rank), .w = w, .levels = levels, .M = M,
-                 .N = N, .K = K, .G = G, .row_scale = scale, .row_zero = zeros ? zero : NULL,
-                 .column_scale = column_scale, .bias = bias, .correction = correction, .column_sum = column_sum,
-                 .rank = rank, .coordinates = coordinates, .y = y, .dtype = dtype};
-    multiply_all(p, parallel, number, threads, NULL, responses, buffer);
+    Product p = {.quantizer = &quantizer, .own = (int8_t *)(coordinates + M * w->rank), .M = M, .K = K,
+                 .row_scale = scale, .row_zero = has_zero(x) ? zero : NULL, .coordinates = coordinates, .y = y,
+                 .dtype = x->dtype};
+    multiply_all(p, w, *group, parallel, number, threads, buffer);
+    return 1;
 }

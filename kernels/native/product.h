@@ -3,8 +3,8 @@
 #ifndef DIT_QUANT_PRODUCT_H
 #define DIT_QUANT_PRODUCT_H
 
-#include "lanes.h"
 #include "quantizer.h"
+#include "tables.h"
 #include "team.h"
 
 // TILE_M tokens are a tile; STRIP out-features a strip, which is multiplied by a tile at a time; PANEL_STRIPS at most a
@@ -31,6 +31,18 @@
 // a panel stays in a thread's own cache
 #define PANEL_BYTES 786432
 
+// what a product multiplies by, and its epilogue: w [N, K] int8, or with levels [N, G] packed [N, K / 2], and then a
+// table [16] or null; column_scale, bias [N], correction [T, N], of which all but the first may be absent; column_sum
+// [N] or null; responses [rank, N] fp16
+typedef struct {
+    const uint8_t *w, *levels;
+    const int8_t *table;
+    int64_t N, G, rank;
+    Table column_scale, bias, correction;
+    const int32_t *column_sum;
+    const uint16_t *responses;
+} Weight;
+
 typedef struct {
     // codes [M, K], or what makes them of x on their way into the tiles, and room for those of a tile for each thread
     const int8_t *a;
@@ -41,12 +53,12 @@ typedef struct {
     // [256, 16], of 4-bit weights
     int8_t (*values)[16];
     int64_t M, N, K, G;
-    const float *row_scale, *row_zero, *column_scale, *bias, *correction;
-    const int32_t *column_sum;
+    const float *row_scale, *row_zero;
     int64_t rank;
     const uint16_t *coordinates;
-    // [rank, N]
-    float *responses;
+    // terms of the columns, see list_columns; whether anything is added behind the product
+    float *columns;
+    int added;
     void *y;
     int dtype;
     // strips of a panel

@@ -169,14 +169,11 @@ static void quantize_rows(const Quantizer *q, transform_t transform, int64_t at,
         rows[i] = row_of(q, at + i, p[i]);
         ranges[i] = no_range();
     }
-    transform(rows, count, !q->fixed_scale, ranges, buffer);
+    transform(rows, count, !q->fixed, ranges, buffer);
     for (int64_t i = 0; i < count; i++) {
-        float scale, zero;
+        float scale = q->fixed_scale, zero = q->fixed_zero;
         int within = 0;
-        if (q->fixed_scale) {
-            scale = *q->fixed_scale;
-            zero = q->fixed_zero ? *q->fixed_zero : 0.0f;
-        } else {
+        if (!q->fixed) {
             within = row_range(ranges + i, q->symmetric, &scale, &zero);
             q->scale[at + i] = scale;
             if (q->zero) q->zero[at + i] = zero;
@@ -207,36 +204,42 @@ static void work(void *data) {
 }
 
 int64_t quantizer_buffer(int64_t K, int64_t rank, unsigned threads) {
-    return (threads * PAIR + 4 + 2 * padded_rank(rank)) * K * 4;
+    return (threads * PAIR + 2 + 2 * padded_rank(rank)) * K * 4;
 }
 
-Quantizer quantizer_of(unsigned threads, const void *x, int dtype, int64_t M, int64_t K, int64_t stride,
-                       const float *shift, const float *smooth, int64_t rank, int find, uint16_t *coordinates,
-                       const uint16_t *directions, int order, int symmetric, const float *fixed_scale,
-                       const float *fixed_zero, float *scale, float *zero, float *buffer) {
-    float *zeros = buffer + threads * PAIR * K, *inverse = zeros + K, *tables = inverse + K;
-    for (int64_t k = 0; k < K; k++) {
-        zeros[k] = 0.0f;
-        inverse[k] = smooth ? 1.0f / smooth[k] : 1.0f;
+Quantizer quantizer_of(const Tokens *x, Group group, unsigned threads, uint16_t *coordinates, int find, float *scale,
+                       float *zero, float *buffer) {
+    const int64_t K = x->K;
+    const int swapped = x->order >= 64;
+    float *offset = buffer + threads * PAIR * K, *factor = offset + K;
+    for (int64_t k = 0; k < K; k += LANES) {
+        const __mmask16 mask = first_lanes(K - k);
+        const __m512 one = _mm512_set1_ps(1.0f), s = row_lanes(&x->smooth, group, K, k, mask);
+        store_lanes(offset, FP32, k, mask, row_lanes(&x->shift, group, K, k, mask));
+        store_lanes(factor, FP32, k, mask, x->smooth.data ? _mm512_div_ps(one, s) : one);
     }
-    if (!shift) shift = zeros;
-    const float *offset = order < 64 ? shift : swap_table(shift, K, tables);
-    const float *factor = order < 64 ? inverse : swap_table(inverse, K, tables + K);
-    return (Quantizer){.x = x, .dtype = dtype, .order = order, .symmetric = symmetric, .M = M, .K = K,
-                       .stride = stride, .offset = offset, .factor = factor,
-                       .along = directions_of(directions, rank, K, inverse, shift, order, tables + 2 * K),
-                       .coordinates = coordinates, .find = find, .fixed_scale = fixed_scale, .fixed_zero = fixed_zero,
-                       .scale = scale, .zero = zero, .buffers = buffer};
+    Quantizer q = {.x = x->x, .dtype = x->dtype, .order = x->order, .symmetric = x->symmetric, .M = x->M, .K = K,
+                   .stride = x->stride, .offset = offset, .factor = factor,
+                   .along = directions_of(x->directions, x->rank, K, factor, offset, swapped, factor + K),
+                   .coordinates = coordinates, .find = find, .fixed = x->fixed_scale.data != NULL,
+                   .fixed_scale = row_value(&x->fixed_scale, group),
+                   .fixed_zero = nearbyintf(row_value(&x->fixed_zero, group)), .scale = scale,
+                   .zero = x->symmetric ? NULL : zero, .buffers = buffer};
+    if (swapped) {
+        swap_table(offset, K);
+        swap_table(factor, K);
+    }
+    return q;
 }
 
-// as `quantizer_of`; codes [M, K]
-void quantize_activation(parallel_t parallel, number_t number, unsigned threads, const void *x, int dtype, int64_t M,
-                         int64_t K, int64_t stride, const float *shift, const float *smooth, int64_t rank, int find,
-                         uint16_t *coordinates, const uint16_t *directions, int order, int symmetric,
-                         const float *fixed_scale, const float *fixed_zero, int8_t *codes, float *scale, float *zero,
-                         float *buffer) {
-    Codes all = {.quantizer = quantizer_of(threads, x, dtype, M, K, stride, shift, smooth, rank, find, coordinates,
-                                           directions, order, symmetric, fixed_scale, fixed_zero, scale, zero, buffer),
-                 .codes = codes, .team = team(parallel, number, threads, M / PORTION)};
+// coordinates [M, rank] bf16, read or, to `find` them, written; codes [M, K]; scale, zero [M], written where the range is
+// not static, zero where it is asymmetric; buffer [quantizer_buffer(K, rank, threads)]. Where a table has not the group
+// that is asked for nothing happens. Whether it has.
+int quantize_activation(parallel_t parallel, number_t number, unsigned threads, const Tokens *x, const Group *group,
+                        uint16_t *coordinates, int find, int8_t *codes, float *scale, float *zero, float *buffer) {
+    if (!has_group(x, *group)) return 0;
+    Codes all = {.quantizer = quantizer_of(x, *group, threads, coordinates, find, scale, zero, buffer),
+                 .codes = codes, .team = team(parallel, number, threads, x->M / PORTION)};
     run(&all.team, work, &all);
+    return 1;
 }

@@ -78,13 +78,12 @@ INLINE void load_swapped(const void *x, int dtype, int64_t at, __m512 *v) {
 }
 
 // blocks of 64 of a table [K] in the order in which `load_swapped` has them
-INLINE const float *swap_table(const float *table, int64_t K, float *out) {
+INLINE void swap_table(float *table, int64_t K) {
     for (int64_t at = 0; at < K; at += 64) {
         __m512 v[4];
         load_swapped(table, FP32, at, v);
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(out + at + j * LANES, v[j]);
+        for (int j = 0; j < 4; j++) _mm512_storeu_ps(table + at + j * LANES, v[j]);
     }
-    return out;
 }
 
 // `count` registers, loaded in that way. Afterwards entry 16 i + 4 q + j of every 64 is in register i, quarter j,

@@ -1,14 +1,14 @@
 """Activation quantizer in C: one read of x, a row at a time in the first cache."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..directions import check
 from ..native import library
-from ..native.arguments import address, table_row, vector
+from ..native.arguments import address, check_group, group_of, table
 from ..native.scratch import scratch
+from ..native.structs import DTYPES, Tokens
+from ..numerics import lerp_rows
 
 ROTATIONS = (1, 4, 16, 64, 256)
 
@@ -57,88 +57,62 @@ def quantize_rows(
     """codes, scale, zero. find: the coordinates are found first, and written."""
     native = library.required()
     M, K = x.shape
-    tokens = tokens_of(x, index, fraction, shift, smooth, directions, hadamard, static_scale, static_zero)
+    tokens = tokens_of(x, shift, smooth, directions, hadamard, symmetric, static_scale, static_zero)
     check(coordinates, directions, M, K)
     p = None if coordinates is None else coordinates.contiguous()
     scale = zero = None
-    if tokens.fixed_scale is None:
+    if static_scale is not None:
+        scale = lerp_rows(static_scale[:, None], index, fraction).expand(M, 1)
+        if static_zero is not None:
+            zero = lerp_rows(static_zero[:, None], index, fraction).round().expand(M, 1)
+    else:
         scale = torch.empty(M, 1, dtype=torch.float32, device=x.device)
         zero = None if symmetric else torch.empty_like(scale)
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    native.quantize_activation(
-        address(tokens.x),
-        library.DTYPES[x.dtype],
-        M,
-        K,
-        tokens.x.stride(0),
-        address(tokens.shift),
-        address(tokens.smooth),
-        tokens.rank,
-        int(find),
+    found = native.quantize_activation(
+        tokens,
+        group_of(index, fraction),
         address(p),
-        address(tokens.directions),
-        hadamard,
-        int(symmetric),
-        address(tokens.fixed_scale),
-        address(tokens.fixed_zero),
+        int(find),
         address(codes),
         address(scale),
         address(zero),
         scratch(native.quantizer_buffer(K, tokens.rank, torch.get_num_threads())),
     )
-    if tokens.fixed_scale is not None:
-        fixed_zero = tokens.fixed_zero
-        return codes, tokens.fixed_scale.expand(M, 1), None if fixed_zero is None else fixed_zero.expand(M, 1)
-    assert scale is not None
+    check_group(found, index, shift=shift, static_scale=static_scale, static_zero=static_zero)
     return codes, scale, zero
-
-
-class Tokens(NamedTuple):
-    """What C takes of a quantizer's input: x [M, K], its rows contiguous; shift, smooth [K] fp32, directions [R, K]
-    fp16; fixed_scale, fixed_zero [1] fp32."""
-
-    x: Tensor
-    shift: Tensor | None
-    smooth: Tensor | None
-    directions: Tensor | None
-    fixed_scale: Tensor | None
-    fixed_zero: Tensor | None
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.directions is None else len(self.directions)
 
 
 def tokens_of(
     x: Tensor,
-    index: Tensor,
-    fraction: Tensor,
     shift: Tensor | None,
     smooth: Tensor | None,
     directions: Tensor | None,
     hadamard: int,
+    symmetric: bool,
     static_scale: Tensor | None,
     static_zero: Tensor | None,
 ) -> Tokens:
-    """Raises ValueError for a K that Hadamard blocks do not divide, and tables of another size."""
-    K = x.shape[1]
+    """x [M, K], or [..., K] that is contiguous. Raises ValueError for a K that Hadamard blocks do not divide, and
+    tables of another size."""
+    K = x.shape[-1]
     if K % hadamard:
         raise ValueError(f"K={K} is not divisible by the Hadamard block {hadamard}")
     if hadamard not in ROTATIONS:
         raise ValueError(f"no rotation in blocks of {hadamard}")
     x = x.resolve_neg()
-    offset = None if shift is None else vector("shift", table_row(shift, index, fraction), K, torch.float32)
-    fixed_scale = fixed_zero = None
-    if static_scale is not None:
-        # a copy: what an op returns must not be a part of what it was given
-        fixed_scale = table_row(static_scale[:, None], index, fraction).clone()
-        if static_zero is not None:
-            fixed_zero = table_row(static_zero[:, None], index, fraction).round()
-    return Tokens(
-        x if x.stride(1) == 1 else x.contiguous(),
-        offset,
-        vector("smooth", smooth, K, torch.float32),
-        None if directions is None else directions.contiguous(),
-        fixed_scale,
-        fixed_zero,
+    if not x.is_contiguous() and x.stride(1) != 1:
+        x = x.contiguous()
+    stride = K if x.is_contiguous() else x.stride(0)
+    moving = table("shift", shift, K, timesteps=True)
+    scaled = table("smooth", smooth, K)
+    scale = table("static_scale", static_scale, 1, timesteps=True)
+    zero = table("static_zero", static_zero, 1, timesteps=True)
+    V = None if directions is None else directions.contiguous()
+    rank = 0 if V is None else V.shape[0]
+    order, dtype, M = hadamard, DTYPES[x.dtype], x.numel() // K
+    tokens = Tokens(
+        address(x), dtype, order, symmetric, M, K, stride, rank, moving, scaled, scale, zero, address(V)
     )
+    tokens.kept = x, moving, scaled, scale, zero, V
+    return tokens

@@ -142,9 +142,9 @@ def test_a_failure_leaves_it_to_the_two_ops(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     x, given = normal(20, 64), tables(20, 64, 33) | at()
-    monkeypatch.setattr(native_layer, "layer", fails)
+    monkeypatch.setattr("dit_quant.kernels.layer.layer", fails)
     assert whole_layer(x, **given) is None
-    monkeypatch.setattr(native_layer, "layer", exhausted)
+    monkeypatch.setattr("dit_quant.kernels.layer.layer", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         whole_layer(x, **given)
 
@@ -157,9 +157,9 @@ def test_a_failure_leaves_it_to_the_two_ops(monkeypatch):
         ({"column_sum": torch.zeros(32, dtype=torch.int32)}, "column_sum has 32 entries, not 33"),
         ({"smooth": torch.ones(63)}, "smooth has 63 entries, not 64"),
         ({"hadamard": 256}, "K=64 is not divisible by the Hadamard block 256"),
-        ({"responses": torch.zeros(2, 32, dtype=torch.float16)}, r"are not \[20, R\], \[R, 33\]"),
+        ({"responses": torch.zeros(2, 32, dtype=torch.float16)}, r"are not \[R, 64\], \[R, 33\]"),
         ({"responses": None}, "come together"),
-        ({"directions": torch.zeros(2, 64)}, "their tables fp16"),
+        ({"directions": torch.zeros(2, 64)}, "directions and responses are fp16"),
     ],
     ids=str,
 )
