@@ -77,16 +77,19 @@ INLINE void transform_rows(const Row *rows, int64_t count, int dtype, const int 
         int64_t left = K - start;
         size = left >= most * LANES ? most * LANES : fewest * LANES;
         for (int64_t i = 0; i < count; i++) {
-            // copies, which what is stored to `out` cannot change
+            // copies, which what is stored to `out` cannot change; of a range field by field: to load a register from
+            // where less was just stored takes long
             const Row row = rows[i];
-            Range range = ranges[i];
+            Range range = {ranges[i].low, ranges[i].high, ranges[i].nan};
             if (left >= most * LANES)
                 transform(&row, dtype, order, along, start, most, ALL, measured, &range, out + i * K);
             else if (order >= LANES || left >= LANES)
                 transform(&row, dtype, order, along, start, fewest, ALL, measured, &range, out + i * K);
             else
                 transform(&row, dtype, order, along, start, 1, first_lanes(left), measured, &range, out + i * K);
-            if (measured) ranges[i] = range;
+            ranges[i].low = range.low;
+            ranges[i].high = range.high;
+            ranges[i].nan = range.nan;
         }
     }
 }
