@@ -18,6 +18,9 @@ INLINE __mmask16 first_lanes(int64_t count) {
     return count >= LANES ? ALL : (__mmask16)((1u << count) - 1);
 }
 
+// that hold K entries, the last one perhaps in part
+INLINE int64_t registers(int64_t K) { return (K + LANES - 1) / LANES; }
+
 // bytes of an entry
 INLINE int64_t width(int dtype) { return dtype == FP32 ? 4 : 2; }
 

@@ -163,7 +163,7 @@ int layer(parallel_t parallel, number_t number, unsigned threads, const Tokens *
     uint8_t *room = buffer + (linear_buffer(M, w->N, K, w->rank, threads) + 63) / 64 * 64;
     float *tables = (float *)room, *scale = tables + quantizer_buffer(K, w->rank, threads) / 4, *zero = scale + M;
     uint16_t *coordinates = (uint16_t *)(zero + M);
-    Quantizer quantizer = quantizer_of(x, *group, threads, coordinates, w->rank > 0, scale, zero, tables);
+    Quantizer quantizer = quantizer_of(x, *group, coordinates, w->rank > 0, scale, zero, tables);
     for (int64_t m = 0; quantizer.fixed && m < M; m++) {
         scale[m] = quantizer.fixed_scale;
         zero[m] = quantizer.fixed_zero;

@@ -18,17 +18,23 @@ typedef struct {
     Team team;
 } Codes;
 
-// a row of x; how many bytes the one that is transformed next lies behind it; the shift; directions V [rank, K] and the
-// row's coordinates p along these; what it is multiplied by. Tables as the rotation has x.
+// a row of x; how many bytes the one that is transformed next lies behind it; the row's coordinates p [rank] along
+// directions; the tables
 typedef struct {
     const void *x;
     int64_t K, next, rank;
-    const float *offset, *V, *p, *factor;
+    const float *p, *tables;
 } Row;
+
+// of tables, from a register of a row to the next
+INLINE int64_t table_step(int64_t rank) { return (2 + rank) * LANES; }
 
 // x -> ((x - z - p V) / s) H of `count` registers of a row: whole blocks, or one register, masked
 INLINE void transform(const Row *row, int dtype, const int order, const int along, int64_t start, const int count,
                       __mmask16 mask, const int measured, Range *range, float *out) {
+    // constant in most cases
+    const int64_t rank = along <= SUMS ? along : row->rank, step = table_step(rank);
+    const float *z = row->tables + start / LANES * step, *V = z + LANES, *factor = V + rank * LANES;
     __m512 v[16];
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++)
@@ -38,20 +44,17 @@ INLINE void transform(const Row *row, int dtype, const int order, const int alon
             load_swapped(row->x, dtype, start + i * LANES, v + i);
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++) {
-        int64_t at = start + i * LANES;
         // the next rows come from memory meanwhile, a cache line at a time
-        const char *next = (const char *)row->x + row->next + at * width(dtype);
+        const char *next = (const char *)row->x + row->next + (start + i * LANES) * width(dtype);
         if (along && i % (4 / width(dtype)) == 0)
             _mm_prefetch(next, _MM_HINT_T1);
         else if (!along)
             _mm_prefetch(next, _MM_HINT_T0);
-        v[i] = _mm512_sub_ps(v[i], load_floats(row->offset + at, mask));
+        v[i] = _mm512_sub_ps(v[i], _mm512_load_ps(z + i * step));
     }
-    for (int64_t r = 0; along && r < row->rank; r += SUMS)
-        less(v, count, row->p + r, row->V + r * row->K + start, row->K, mask);
+    for (int64_t r = 0; r < rank; r += SUMS) less(v, count, row->p + r, V + r * LANES, step);
 #pragma GCC unroll 16
-    for (int i = 0; i < count; i++)
-        v[i] = _mm512_mul_ps(v[i], load_floats(row->factor + start + i * LANES, mask));
+    for (int i = 0; i < count; i++) v[i] = _mm512_mul_ps(v[i], _mm512_load_ps(factor + i * step));
     if (order >= 64)
         rotate_swapped(v, count, order);
     else
@@ -97,7 +100,7 @@ INLINE void transform_rows(const Row *rows, int64_t count, int dtype, const int 
 #define TRANSFORM(DTYPE, ORDER, ALONG)                                                                             \
     static void transform_##DTYPE##_##ORDER##_##ALONG(const Row *rows, int64_t count, int measured, Range *ranges, \
                                                       float *out) {                                                \
-        if (measured)                                                                                              \
+        if (measured || ALONG)                                                                                     \
             transform_rows(rows, count, DTYPE, ORDER, ALONG, 1, ranges, out);                                      \
         else                                                                                                       \
             transform_rows(rows, count, DTYPE, ORDER, ALONG, 0, ranges, out);                                      \
@@ -117,18 +120,24 @@ INLINE void transform_rows(const Row *rows, int64_t count, int dtype, const int 
             default: return transform_##DTYPE##_1_##ALONG;     \
         }                                                      \
     }
-BY_ORDER(FP32, 0)
-BY_ORDER(FP32, 1)
-BY_ORDER(BF16, 0)
-BY_ORDER(BF16, 1)
-BY_ORDER(FP16, 0)
-BY_ORDER(FP16, 1)
+// without directions, with SUMS of them, with more
+#define BY_RANK(DTYPE)                                                      \
+    BY_ORDER(DTYPE, 0)                                                      \
+    BY_ORDER(DTYPE, 4)                                                      \
+    BY_ORDER(DTYPE, 16)                                                     \
+    INLINE transform_t by_rank_##DTYPE(int order, int64_t rank) {           \
+        if (rank == 0) return by_order_##DTYPE##_0(order);                  \
+        return rank <= SUMS ? by_order_##DTYPE##_4(order) : by_order_##DTYPE##_16(order); \
+    }
+BY_RANK(FP32)
+BY_RANK(BF16)
+BY_RANK(FP16)
 
-static transform_t transform_for(int dtype, int order, int along) {
+static transform_t transform_for(int dtype, int order, int64_t rank) {
     switch (dtype) {
-        case FP32: return along ? by_order_FP32_1(order) : by_order_FP32_0(order);
-        case BF16: return along ? by_order_BF16_1(order) : by_order_BF16_0(order);
-        default: return along ? by_order_FP16_1(order) : by_order_FP16_0(order);
+        case FP32: return by_rank_FP32(order, rank);
+        case BF16: return by_rank_BF16(order, rank);
+        default: return by_rank_FP16(order, rank);
     }
 }
 
@@ -146,7 +155,7 @@ static Row row_of(const Quantizer *q, int64_t at, float *p) {
     const Directions *d = &q->along;
     const int64_t step = q->stride * width(q->dtype), ahead = d->rank ? TOGETHER : 1;
     if (d->rank) _mm512_storeu_ps(p, load_lanes(q->coordinates, BF16, at * d->rank, first_lanes(d->rank)));
-    return (Row){(const char *)q->x + at * step, q->K, ahead * step, d->padded, q->offset, d->V, p, q->factor};
+    return (Row){(const char *)q->x + at * step, q->K, ahead * step, padded_rank(d->rank), p, q->tables};
 }
 
 static void encode_row(const float *v, int64_t K, float scale, float zero, int within, int order, int8_t *codes) {
@@ -187,7 +196,7 @@ static void quantize_rows(const Quantizer *q, transform_t transform, int64_t at,
 
 void quantize_portion(const Quantizer *q, int64_t at, int64_t end, int thread, int8_t *codes) {
     float *buffer = q->buffers + thread * PAIR * q->K;
-    transform_t transform = transform_for(q->dtype, q->order, q->along.rank > 0);
+    transform_t transform = transform_for(q->dtype, q->order, q->along.rank);
     for (int64_t row = at; row < end; row += PAIR) {
         if (q->find && (row - at) % TOGETHER == 0) find_coordinates_of(q, row, MIN(TOGETHER, end - row));
         quantize_rows(q, transform, row, MIN(PAIR, end - row), buffer, codes + (row - at) * q->K);
@@ -207,32 +216,46 @@ static void work(void *data) {
 }
 
 int64_t quantizer_buffer(int64_t K, int64_t rank, unsigned threads) {
-    return (threads * PAIR + 2 + 2 * padded_rank(rank)) * K * 4;
+    return (registers(K) * (table_step(padded_rank(rank)) + padded_rank(rank) * LANES) + threads * PAIR * K) * 4;
 }
 
-Quantizer quantizer_of(const Tokens *x, Group group, unsigned threads, uint16_t *coordinates, int find, float *scale,
-                       float *zero, float *buffer) {
-    const int64_t K = x->K;
-    const int swapped = x->order >= 64;
-    float *offset = buffer + threads * PAIR * K, *factor = offset + K;
+// tables [K / LANES, 2 + padded rank, LANES] as a Quantizer has them; and what finds coordinates
+static Directions list_tables(const Tokens *x, Group group, float *tables, float *duals) {
+    const int64_t K = x->K, padded = padded_rank(x->rank), step = table_step(padded);
+    Directions along = {.K = K, .rank = x->rank, .duals = duals};
+    __m512 origin[MOST_DIRECTIONS];
+    for (int64_t r = 0; r < padded; r++) origin[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += LANES) {
         const __mmask16 mask = first_lanes(K - k);
-        const __m512 one = _mm512_set1_ps(1.0f), s = row_lanes(&x->smooth, group, K, k, mask);
-        store_lanes(offset, FP32, k, mask, row_lanes(&x->shift, group, K, k, mask));
-        store_lanes(factor, FP32, k, mask, x->smooth.data ? _mm512_div_ps(one, s) : one);
+        float *at = tables + k / LANES * step;
+        __m512 z = row_lanes(&x->shift, group, K, k, mask), factor = _mm512_set1_ps(1.0f);
+        if (x->smooth.data) factor = _mm512_maskz_div_ps(mask, factor, row_lanes(&x->smooth, group, K, k, mask));
+        _mm512_store_ps(at, z);
+        _mm512_store_ps(at + step - LANES, factor);
+        for (int64_t r = 0; r < padded; r++) {
+            __m512 v = _mm512_setzero_ps();
+            if (r < x->rank) v = load_lanes(x->directions + r * K, FP16, k, mask);
+            __m512 dual = _mm512_maskz_mul_ps(mask, _mm512_mul_ps(v, factor), factor);
+            _mm512_store_ps(at + (1 + r) * LANES, v);
+            _mm512_store_ps(duals + (r / SUMS * registers(K) * LANES + k) * SUMS + r % SUMS * LANES, dual);
+            origin[r] = _mm512_fmadd_ps(dual, z, origin[r]);
+        }
     }
-    Quantizer q = {.x = x->x, .dtype = x->dtype, .order = x->order, .symmetric = x->symmetric, .M = x->M, .K = K,
-                   .stride = x->stride, .offset = offset, .factor = factor,
-                   .along = directions_of(x->directions, x->rank, K, factor, offset, swapped, factor + K),
-                   .coordinates = coordinates, .find = find, .fixed = x->fixed_scale.data != NULL,
-                   .fixed_scale = row_value(&x->fixed_scale, group),
-                   .fixed_zero = nearbyintf(row_value(&x->fixed_zero, group)), .scale = scale,
-                   .zero = x->symmetric ? NULL : zero, .buffers = buffer};
-    if (swapped) {
-        swap_table(offset, K);
-        swap_table(factor, K);
-    }
-    return q;
+    for (int64_t r = 0; r < x->rank; r++) along.origin[r] = _mm512_reduce_add_ps(origin[r]);
+    for (int64_t i = 0; x->order >= 64 && i < 2 + padded; i++) swap_table(tables + i * LANES, K, step);
+    return along;
+}
+
+Quantizer quantizer_of(const Tokens *x, Group group, uint16_t *coordinates, int find, float *scale,
+                       float *zero, float *buffer) {
+    const int64_t padded = padded_rank(x->rank);
+    float *duals = buffer + registers(x->K) * table_step(padded);
+    return (Quantizer){.x = x->x, .dtype = x->dtype, .order = x->order, .symmetric = x->symmetric, .M = x->M,
+                       .K = x->K, .stride = x->stride, .tables = buffer,
+                       .along = list_tables(x, group, buffer, duals), .coordinates = coordinates, .find = find,
+                       .fixed = x->fixed_scale.data != NULL, .fixed_scale = row_value(&x->fixed_scale, group),
+                       .fixed_zero = nearbyintf(row_value(&x->fixed_zero, group)), .scale = scale,
+                       .zero = x->symmetric ? NULL : zero, .buffers = duals + registers(x->K) * padded * LANES};
 }
 
 // coordinates [M, rank] bf16, read or, to `find` them, written; codes [M, K]; scale, zero [M], written where the range is
@@ -241,7 +264,7 @@ Quantizer quantizer_of(const Tokens *x, Group group, unsigned threads, uint16_t 
 int quantize_activation(parallel_t parallel, number_t number, unsigned threads, const Tokens *x, const Group *group,
                         uint16_t *coordinates, int find, int8_t *codes, float *scale, float *zero, float *buffer) {
     if (!has_group(x, *group)) return 0;
-    Codes all = {.quantizer = quantizer_of(x, *group, threads, coordinates, find, scale, zero, buffer),
+    Codes all = {.quantizer = quantizer_of(x, *group, coordinates, find, scale, zero, buffer),
                  .codes = codes, .team = team(parallel, number, threads, x->M / PORTION)};
     run(&all.team, work, &all);
     return 1;

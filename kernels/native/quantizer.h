@@ -23,8 +23,8 @@ typedef struct {
     const void *x;
     int dtype, order, symmetric;
     int64_t M, K, stride;
-    // z and 1 / s as the rotation has x
-    float *offset, *factor;
+    // z, directions V and 1 / s of every register of a row, as the rotation has x: [K / LANES, 2 + padded rank, LANES]
+    float *tables;
     Directions along;
     // bf16 [M, rank], given or to be found
     uint16_t *coordinates;
@@ -49,8 +49,9 @@ INLINE int has_zero(const Tokens *x) { return x->fixed_scale.data ? x->fixed_zer
 // bytes of scratch memory
 int64_t quantizer_buffer(int64_t K, int64_t rank, unsigned threads);
 
-// coordinates [M, rank] bf16, given or to be found; scale, zero [M]; buffer [quantizer_buffer(K, rank, threads)]
-Quantizer quantizer_of(const Tokens *x, Group group, unsigned threads, uint16_t *coordinates, int find, float *scale,
+// coordinates [M, rank] bf16, given or to be found; scale, zero [M]; buffer [quantizer_buffer(K, rank, threads)],
+// aligned to 64 bytes
+Quantizer quantizer_of(const Tokens *x, Group group, uint16_t *coordinates, int find, float *scale,
                        float *zero, float *buffer);
 
 // rows `at` to `end` -> codes [end - at, K]

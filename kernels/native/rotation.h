@@ -77,12 +77,13 @@ INLINE void load_swapped(const void *x, int dtype, int64_t at, __m512 *v) {
     }
 }
 
-// blocks of 64 of a table [K] in the order in which `load_swapped` has them
-INLINE void swap_table(float *table, int64_t K) {
-    for (int64_t at = 0; at < K; at += 64) {
+// the registers of a table [K], of which the next lies `step` further on, in the order in which `load_swapped` has them
+INLINE void swap_table(float *table, int64_t K, int64_t step) {
+    for (int64_t at = 0; at < K; at += 64, table += 4 * step) {
         __m512 v[4];
-        load_swapped(table, FP32, at, v);
-        for (int j = 0; j < 4; j++) _mm512_storeu_ps(table + at + j * LANES, v[j]);
+        for (int j = 0; j < 4; j++) v[j] = _mm512_load_ps(table + j * step);
+        swap_lanes(v);
+        for (int j = 0; j < 4; j++) _mm512_store_ps(table + j * step, v[j]);
     }
 }
 
