@@ -83,17 +83,22 @@ def weight_of(
         raise ValueError(f"a weight of {stored} bytes a row does not fit tokens of K={K}")
     if levels is not None and (K % 2 or levels.dtype is not torch.uint8 or len(levels) != N or K % levels.shape[1]):
         raise ValueError(f"levels {tuple(levels.shape)} {levels.dtype} do not fit a weight of N={N}, K={K}")
-    kept = (
-        w.contiguous(),
-        None if levels is None else levels.contiguous(),
-        vector("table", codebook, 16, torch.int8),
-        vector("column_sum", column_sum, N, torch.int32),
-        None if responses is None else responses.contiguous(),
-    )
-    codes, groups, values, sums, along = map(address, kept)
+    codes, groups, along = (None if t is None else t.contiguous() for t in (w, levels, responses))
+    values, sums = vector("table", codebook, 16, torch.int8), vector("column_sum", column_sum, N, torch.int32)
     scale, added = table("column_scale", column_scale, N), table("bias", bias, N)
     moving = table("correction", correction, N, timesteps=True)
-    G, rank = 0 if levels is None else levels.shape[1], 0 if responses is None else responses.shape[0]
-    weight = Weight(codes, groups, values, N, G, rank, scale, added, moving, sums, along)
-    weight.kept = kept, scale, added, moving
+    weight = Weight(
+        w=address(codes),
+        levels=address(groups),
+        table=address(values),
+        N=N,
+        G=0 if levels is None else levels.shape[1],
+        rank=0 if along is None else along.shape[0],
+        column_scale=scale,
+        bias=added,
+        correction=moving,
+        column_sum=address(sums),
+        responses=address(along),
+    )
+    weight.kept = codes, groups, values, scale, added, moving, sums, along
     return weight

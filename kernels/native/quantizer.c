@@ -120,13 +120,13 @@ INLINE void transform_rows(const Row *rows, int64_t count, int dtype, const int 
             default: return transform_##DTYPE##_1_##ALONG;     \
         }                                                      \
     }
-// without directions, with SUMS of them, with more
-#define BY_RANK(DTYPE)                                                      \
-    BY_ORDER(DTYPE, 0)                                                      \
-    BY_ORDER(DTYPE, 4)                                                      \
-    BY_ORDER(DTYPE, 16)                                                     \
-    INLINE transform_t by_rank_##DTYPE(int order, int64_t rank) {           \
-        if (rank == 0) return by_order_##DTYPE##_0(order);                  \
+// without directions, with SUMS of them or fewer, with more
+#define BY_RANK(DTYPE)                                                                    \
+    BY_ORDER(DTYPE, 0)                                                                    \
+    BY_ORDER(DTYPE, 4)                                                                    \
+    BY_ORDER(DTYPE, 16)                                                                   \
+    INLINE transform_t by_rank_##DTYPE(int order, int64_t rank) {                         \
+        if (rank == 0) return by_order_##DTYPE##_0(order);                                \
         return rank <= SUMS ? by_order_##DTYPE##_4(order) : by_order_##DTYPE##_16(order); \
     }
 BY_RANK(FP32)

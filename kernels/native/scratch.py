@@ -14,7 +14,10 @@ def scratch(nbytes: int) -> int:
 
     Grows to what the largest layer needs: a few MiB and less than one more per thread, see CHUNK_BYTES in product.c.
     """
-    buffer = getattr(_kept, "buffer", None)
-    if buffer is None or len(buffer) < nbytes + ALIGNMENT:
-        buffer = _kept.buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    return -(-buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
+    size, start, _ = getattr(_kept, "memory", (0, 0, None))
+    if size < nbytes:
+        buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
+        start = -(-buffer.data_ptr() // ALIGNMENT) * ALIGNMENT
+        # its address beside it: to ask torch again takes longer than everything else here
+        _kept.memory = nbytes, start, buffer
+    return start

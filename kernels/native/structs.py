@@ -3,7 +3,6 @@
 import ctypes
 
 import torch
-from torch import Tensor
 
 # as numbered in lanes.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

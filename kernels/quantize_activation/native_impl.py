@@ -104,15 +104,24 @@ def tokens_of(
     if not x.is_contiguous() and x.stride(1) != 1:
         x = x.contiguous()
     stride = K if x.is_contiguous() else x.stride(0)
-    moving = table("shift", shift, K, timesteps=True)
-    scaled = table("smooth", smooth, K)
+    z, factor = table("shift", shift, K, timesteps=True), table("smooth", smooth, K)
     scale = table("static_scale", static_scale, 1, timesteps=True)
     zero = table("static_zero", static_zero, 1, timesteps=True)
     V = None if directions is None else directions.contiguous()
-    rank = 0 if V is None else V.shape[0]
-    order, dtype, M = hadamard, DTYPES[x.dtype], x.numel() // K
     tokens = Tokens(
-        address(x), dtype, order, symmetric, M, K, stride, rank, moving, scaled, scale, zero, address(V)
+        x=address(x),
+        dtype=DTYPES[x.dtype],
+        order=hadamard,
+        symmetric=symmetric,
+        M=x.numel() // K,
+        K=K,
+        stride=stride,
+        rank=0 if V is None else V.shape[0],
+        shift=z,
+        smooth=factor,
+        fixed_scale=scale,
+        fixed_zero=zero,
+        directions=address(V),
     )
-    tokens.kept = x, moving, scaled, scale, zero, V
+    tokens.kept = x, z, factor, scale, zero, V
     return tokens

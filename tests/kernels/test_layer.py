@@ -110,6 +110,48 @@ def test_rows_may_lie_anywhere():
     assert_bit_equal(wide[:1, :64].expand(30, 64), given, **at())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 30), (30, 1, 1)])
+def test_tokens_in_any_shape(shape):
+    x, given = normal(30, 64), tables(30, 64, 33, R=2)
+    expected = whole_layer(x, **given, **at())
+    assert expected is not None
+    found = whole_layer(x.reshape(*shape, 64), **given, **at())
+    assert found is not None
+    assert torch.equal(found, expected.reshape(*shape, 33))
+    apart = x.reshape(*shape, 64).transpose(0, 1)
+    found = whole_layer(apart, **given, **at())
+    assert found is not None
+    assert torch.equal(found, expected.reshape(*shape, 33).transpose(0, 1))
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tables_of_any_float_type(kind):
+    given = tables(20, 64, 33)
+    for name in ("shift", "smooth", "bias", "correction", "column_scale"):
+        given[name] = given[name].half().to(kind)
+    assert_bit_equal(normal(20, 64), given, **at(1, 0.3))
+    assert_bit_equal(normal(20, 64), given, **at(2, 0.3))
+
+
+@pytest.mark.parametrize("index", [-1, 3, 2**40])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("shift", {}),
+        ("static_scale", {"shift": None}),
+        ("correction", {"shift": None, "static_scale": None, "static_zero": None}),
+    ],
+)
+def test_a_group_that_a_table_does_not_have_is_an_error(name, change, index):
+    given = tables(20, 64, 33, static=True) | change
+    with pytest.raises(IndexError, match=f"timestep group {index} is not in {name}"):
+        native_layer.layer(
+            normal(20, 64),
+            given.pop("w"),
+            **({"levels": None, "directions": None, "responses": None} | given | at(index)),
+        )
+
+
 def test_what_is_not_finite_comes_out_as_from_two_calls():
     x = normal(20, 64)
     x[3, 5], x[15, 0] = torch.nan, torch.inf
