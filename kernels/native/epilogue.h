@@ -83,17 +83,22 @@ INLINE void finish_block(const Product *p, const float *terms, int64_t m, int64_
             y[i][1] = _mm512_fmadd_ps(coordinate, high, y[i][1]);
         }
     }
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m512 added = _mm512_load_ps(columns + 2 * STRIP + half * LANES);
-        if (p->added)
-#pragma GCC unroll 12
-            for (int i = 0; i < count; i++) y[i][half] = _mm512_add_ps(y[i][half], added);
-        if (!masks[half]) break;
+    if (p->added) {
+        const __m512 low = _mm512_load_ps(columns + 2 * STRIP), high = _mm512_load_ps(columns + 2 * STRIP + LANES);
 #pragma GCC unroll 12
         for (int i = 0; i < count; i++) {
-            if (!whole && i >= rows) break;
-            store_lanes(p->y, dtype, (m + i) * p->N + n + half * LANES, masks[half], y[i][half]);
+            y[i][0] = _mm512_add_ps(y[i][0], low);
+            y[i][1] = _mm512_add_ps(y[i][1], high);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < count; i++) {
+        const int64_t at = (m + i) * p->N + n;
+        if (whole)
+            store_strip(p->y, dtype, at, y[i][0], y[i][1], p->streamed);
+        else if (i < rows) {
+            store_lanes(p->y, dtype, at, masks[0], y[i][0]);
+            store_lanes(p->y, dtype, at + LANES, masks[1], y[i][1]);
         }
     }
 }

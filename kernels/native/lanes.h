@@ -66,4 +66,23 @@ INLINE void store_lanes(void *y, int dtype, int64_t at, __mmask16 mask, __m512 v
         _mm256_mask_storeu_epi16(narrow, mask, half_lanes(dtype, v));
 }
 
+INLINE void store_line(void *y, __m512i v, int streamed) {
+    if (streamed)
+        _mm512_stream_si512(y, v);
+    else
+        _mm512_storeu_si512(y, v);
+}
+
+// 32 lanes -> y[at] and the next. streamed: past the caches, whole lines
+INLINE void store_strip(void *y, int dtype, int64_t at, __m512 low, __m512 high, int streamed) {
+    char *line = (char *)y + at * width(dtype);
+    if (dtype == FP32) {
+        store_line(line, _mm512_castps_si512(low), streamed);
+        store_line(line + 64, _mm512_castps_si512(high), streamed);
+    } else {
+        __m512i both = _mm512_castsi256_si512(half_lanes(dtype, low));
+        store_line(line, _mm512_inserti64x4(both, half_lanes(dtype, high), 1), streamed);
+    }
+}
+
 #endif

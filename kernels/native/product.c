@@ -18,6 +18,8 @@
 // an output of fewer bytes comes from memory that is mapped already
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
+// and one of more is not in a cache when it is read
+#define STREAMED 16777216
 
 #define VALUES_SIZE (256 * 16)
 
@@ -88,6 +90,8 @@ static void multiply_panels(void *data) {
         }
     }
     stop_multiplying(p, &multiplier);
+    // before others read what was streamed
+    if (p->streamed) _mm_sfence();
 }
 
 // bytes of scratch memory
@@ -113,6 +117,7 @@ static void multiply_all(Product p, const Weight *w, Group group, parallel_t par
     p.values = (int8_t(*)[16])(p.panels + threads * panel_size(p.K));
     p.columns = (float *)(p.values + 256);
     p.added = w->bias.data || w->correction.data;
+    p.streamed = nbytes >= STREAMED && !((uintptr_t)p.y % 64) && !(p.N * width(p.dtype) % 64);
     if (p.levels) list_values(w->table, p.values);
     list_columns(&p, w, group);
     if (nbytes >= LARGE) {

@@ -59,6 +59,8 @@ typedef struct {
     // terms of the columns, see list_columns; whether anything is added behind the product
     float *columns;
     int added;
+    // whether outputs are whole cache lines that do not stay in a cache
+    int streamed;
     void *y;
     int dtype;
     // strips of a panel

@@ -98,6 +98,16 @@ def test_integer_sums_are_exact(M, N, K, extreme):
     assert torch.equal(y, (a.double() @ w.double().T).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [4096, 4097])
+def test_outputs_larger_than_a_cache(N, dtype):
+    """Past the caches where rows are whole cache lines: not a bit is different, and none is left behind."""
+    a, w = codes(2100, 4), codes(N, 4, seed=2)
+    options = epilogue(2100, N, w.sum(1), ("zero", "bias"))
+    assert a.shape[0] * N * dtype.itemsize > 2**24
+    assert torch.equal(*(f.int8_linear(a, w, **options, dtype=dtype) for f in (native_impl, reference)))
+
+
 def test_sums_pass_through_the_whole_of_int32():
     """Inside, a + 128 of both signs: partial sums wrap around, the total does not."""
     K = 2**17
