@@ -88,21 +88,19 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, __m51
     }
 }
 
-// tokens m and following, `rows` of which there are, times the panel w of out-features n and following
+// tokens m and following, `rows` of which there are, times the strip w of out-features n and following
 static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, int64_t m, int64_t n, int64_t rows,
                           Multiplier *u) {
-    for (int64_t strip = 0; strip < p->panel && n < p->N; strip++, n += STRIP, w += strip_size(p->K)) {
-        Sums *now = &u->sums[u->turn], *before = &u->sums[!u->turn];
-        u->turn = !u->turn;
-        now->terms = (const float *)(a + codes_size(p->K));
-        now->m = m;
-        now->n = n;
-        now->rows = MIN(rows, TILE_M);
-        if (rows > TILE_ROWS)
-            multiply(p, a, w, now->sum, before, 1);
-        else
-            multiply(p, a, w, now->sum, before, 0);
-    }
+    Sums *now = &u->sums[u->turn], *before = &u->sums[!u->turn];
+    u->turn = !u->turn;
+    now->terms = (const float *)(a + codes_size(p->K));
+    now->m = m;
+    now->n = n;
+    now->rows = MIN(rows, TILE_M);
+    if (rows > TILE_ROWS)
+        multiply(p, a, w, now->sum, before, 1);
+    else
+        multiply(p, a, w, now->sum, before, 0);
 }
 
 // after the last tile

@@ -60,16 +60,19 @@ static void pack_tiles(void *data) {
 // a panel times the tiles `start` to `end` of the chunk
 INLINE void multiply_panel(const Product *p, int64_t panel, int64_t start, int64_t end, uint8_t *w, Multiplier *u) {
     const int64_t row_size = p->levels ? p->K / 2 : p->K, columns = p->panel * STRIP, n = panel * columns;
+    const int64_t count = MIN(p->panel, strips(p->N - n));
     // the panel that this thread is likely to take next comes from memory meanwhile
     const int64_t next = n + sharers(&p->team) * columns, ahead = MIN(columns, p->N - next) * row_size;
     const char *from = (const char *)p->w + next * row_size;
-    for (int64_t strip = 0; strip < p->panel && n + strip * STRIP < p->N; strip++)
+    for (int64_t strip = 0; strip < count; strip++)
         (p->levels ? pack_strip4 : pack_strip8)(p, n + strip * STRIP, w + strip * strip_size(p->K));
     for (int64_t t = start; t < end; t++) {
         int64_t m = (p->tile + t) * TILE_M;
         for (int64_t at = ahead * (t - start) / (end - start); at < ahead * (t - start + 1) / (end - start); at += 64)
             _mm_prefetch(from + at, _MM_HINT_T1);
-        multiply_tile(p, p->tokens + t * tile_size(p->K, p->rank), w, m, n, p->M - m, u);
+        for (int64_t strip = 0; strip < count; strip++)
+            multiply_tile(p, p->tokens + t * tile_size(p->K, p->rank), w + strip * strip_size(p->K), m,
+                          n + strip * STRIP, p->M - m, u);
     }
 }
 

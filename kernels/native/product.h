@@ -8,7 +8,8 @@
 #include "team.h"
 
 // TILE_M tokens are a tile; STRIP out-features a strip, which is multiplied by a tile at a time; PANEL_STRIPS at most a
-// panel, which a thread multiplies by a tile before it goes to the next: tokens then come from far away once a panel.
+// panel, which a thread multiplies by a tile before it goes to the next: tokens then come from far away once a panel,
+// which is to stay in a thread's own cache, PANEL_BYTES or one strip.
 // BLOCK: bytes of a row that an instruction works on, zeros behind the last. CODE_OFFSET is added to codes of tokens.
 // The last panels, LAST_PANELS a thread, are cut into pieces, LAST_PIECES a thread: none must be waited for long, but
 // every piece packs its panel anew.
@@ -17,19 +18,19 @@
 #define BLOCK 64
 #define CODE_OFFSET 0
 #define PANEL_STRIPS 8
+#define PANEL_BYTES 786432
 #define LAST_PANELS 1
 #define LAST_PIECES 2
 #else
 #define TILE_M 12
 #define BLOCK 4
 #define CODE_OFFSET 128
-#define PANEL_STRIPS 1
+#define PANEL_STRIPS 2
+#define PANEL_BYTES 81920
 #define LAST_PANELS 2
 #define LAST_PIECES 8
 #endif
 #define STRIP 32
-// a panel stays in a thread's own cache
-#define PANEL_BYTES 786432
 
 // what a product multiplies by, and its epilogue: w [N, K] int8, or with levels [N, G] packed [N, K / 2], and then a
 // table [16] or null; column_scale, bias [N], correction [T, N], of which all but the first may be absent; column_sum

@@ -61,7 +61,7 @@ INLINE void multiply(const Product *p, const uint8_t *a, const uint8_t *w, int64
     finish(p, terms, m, n, rows, count, sum);
 }
 
-// tokens m and following, `rows` of which there are, times the panel w of one strip, the out-features n and following
+// tokens m and following, `rows` of which there are, times the strip w of out-features n and following
 static void multiply_tile(const Product *p, const uint8_t *a, const uint8_t *w, int64_t m, int64_t n, int64_t rows,
                           Multiplier *u) {
     (void)u;
