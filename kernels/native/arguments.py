@@ -25,6 +25,8 @@ def table(name: str, values: Tensor | None, size: int, timesteps: bool = False) 
     if values is None:
         return ABSENT
     rows = values.shape[0] if timesteps else 0
+    if timesteps and not rows:
+        raise ValueError(f"{name} has no timestep groups")
     kept = vector(name, values, rows * size if timesteps else size, *DTYPES)
     assert kept is not None
     filled = Table(address(kept), DTYPES[kept.dtype], rows)
@@ -44,9 +46,9 @@ def check_group(found: int, index: Tensor, **tables: Tensor | None) -> None:
     """Raises IndexError where C has not found the group in all tables [T, ...]."""
     if found:
         return
-    for name, values in tables.items():
-        if values is not None and not 0 <= int(index) < len(values):
-            raise IndexError(f"timestep group {int(index)} is not in {name}, which has {len(values)}")
+    sizes = {name: len(values) for name, values in tables.items() if values is not None}
+    name, size = next(((name, size) for name, size in sizes.items() if not 0 <= int(index) < size), ("a table", 0))
+    raise IndexError(f"timestep group {int(index)} is not in {name}, which has {size}")
 
 
 def address(tensor: Tensor | None) -> int | None:

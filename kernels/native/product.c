@@ -18,7 +18,7 @@
 // an output of fewer bytes comes from memory that is mapped already
 #define LARGE 4194304
 #define HUGE_PAGE 2097152
-// and one of more is not in a cache when it is read
+// an output of more bytes goes past the caches, which would not hold it until it is read
 #define STREAMED 16777216
 
 #define VALUES_SIZE (256 * 16)
