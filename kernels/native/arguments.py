@@ -17,7 +17,7 @@ def vector(name: str, values: Tensor | None, size: int, *kinds: torch.dtype) -> 
         raise ValueError(f"{name} has {values.numel()} entries, not {size}")
     if values.dtype not in kinds:
         values = values.to(kinds[0])
-    return values if values.is_contiguous() else values.contiguous()
+    return values.contiguous()
 
 
 def table(name: str, values: Tensor | None, size: int, timesteps: bool = False) -> Table:

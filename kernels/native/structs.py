@@ -1,4 +1,4 @@
-"""The structures that C is given, field by field as in its headers. `kept`: tensors whose memory they point to."""
+"""The structures that C is given, field by field as in its headers."""
 
 import ctypes
 
@@ -9,26 +9,26 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 POINTER, SIZE, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class Table(ctypes.Structure):
-    """tables.h"""
+class Struct(ctypes.Structure):
+    """kept: the tensors whose memory it points to."""
 
     kept: object = None
+
+
+class Table(Struct):
+    """tables.h"""
 
     _fields_ = (("data", POINTER), ("dtype", INT), ("rows", SIZE))
 
 
-class Group(ctypes.Structure):
+class Group(Struct):
     """tables.h"""
-
-    kept: object = None
 
     _fields_ = (("index", POINTER), ("fraction", POINTER))
 
 
-class Tokens(ctypes.Structure):
+class Tokens(Struct):
     """quantizer.h"""
-
-    kept: object = None
 
     _fields_ = (
         ("x", POINTER),
@@ -47,10 +47,8 @@ class Tokens(ctypes.Structure):
     )
 
 
-class Weight(ctypes.Structure):
+class Weight(Struct):
     """product.h"""
-
-    kept: object = None
 
     _fields_ = (
         ("w", POINTER),
