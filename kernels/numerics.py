@@ -9,6 +9,8 @@ INT8_MAX = 127
 INT4_MAX = 15
 # an int4 step is 1 to 15 steps of the channel's int8 grid
 MULTIPLIER_MAX = 15
+# adding it to |v| < 2**22 in fp32 leaves an integer in the low bits: v rounded, ties to even
+MAGIC = 1.5 * 2**23
 
 
 def safe_scale(extent: Tensor, qmax: float) -> Tensor:
@@ -22,6 +24,11 @@ def safe_scale(extent: Tensor, qmax: float) -> Tensor:
 def round_clamp(x: Tensor, low: float, high: float) -> Tensor:
     """Ties to even, then clamp."""
     return x.round().clamp(low, high)
+
+
+def round_sum(v: Tensor, zero: Tensor) -> Tensor:
+    """fp32 v + zero, rounded once, ties to even; zero integers below 2**21, the sum below 2**22. Overwrites v."""
+    return v.add_(zero + MAGIC).sub_(MAGIC)
 
 
 def lerp_rows(table: Tensor, index: Tensor, fraction: Tensor) -> Tensor:

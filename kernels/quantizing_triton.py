@@ -121,29 +121,23 @@ def asymmetric_range(low, high):
     """-> scale, 1 / scale, zero; the fallbacks for constant and far-off rows are explained in the reference."""
     magnitude = tl.maximum(tl.abs(high), tl.abs(low))
     spread = high - low
-    scale = safe_scale(tl.where(spread > 0, spread, magnitude), 254.0)
-    far = magnitude > scale * 32768.0
-    scale = tl.where(far, safe_scale(magnitude, 127.0), scale)
+    span = tl.where(spread > 0, spread, magnitude)
+    far = magnitude > span * 128.0
+    scale = safe_scale(tl.where(far, 2.0 * magnitude, span + magnitude * 9.5367431640625e-07), 254.0)
     inverse = tl.div_rn(1.0, scale)
-    return scale, inverse, tl.where(far, 0.0, -127.0 - round_even(low * inverse))
+    return scale, inverse, tl.where(far, 0.0, -127.0 - tl.ceil(low * inverse - 0.5))
 
 
 @triton.jit
 def encode(x, inverse, zero, RANGE: tl.constexpr):
-    """x [ROWS, WIDTH] fp32, inverse and zero [ROWS, 1] -> int8 codes.
+    """x [ROWS, WIDTH] fp32, inverse and zero [ROWS, 1] -> int8 codes. |zero| < 2**21.
 
-    Clamped before rounding: the bounds are integers, so that it comes to the same, and only where a code can pass
-    them. |zero| < 2**21.
+    Only a static range can be passed. Clamped before rounding: the bounds are integers, so that it comes to the same.
     """
     v = x * inverse
-    if RANGE == "symmetric":
-        v = v + MAGIC
-    else:
-        # a dynamic row's lowest entry has code -127 by the choice of zero
-        if RANGE == "static":
-            v = tl.maximum(v, -127.0 - zero)
-        v = tl.minimum(v, 127.0 - zero)
-        v = (v + MAGIC) + zero
+    if RANGE == "static":
+        v = tl.minimum(tl.maximum(v, -127.0 - zero), 127.0 - zero)
+    v = v + (zero + MAGIC)
     return v.to(tl.int32, bitcast=True).to(tl.int8)
 
 

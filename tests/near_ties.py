@@ -1,9 +1,14 @@
-"""Codes of two implementations whose fp32 values differ in the last bits: equal, but next to a tie."""
+"""Values next to ties, and codes of two implementations whose fp32 values differ in the last bits: equal, but next to a tie."""
 
 from math import log
 
 import torch
 from dit_quant.kernels.quantize_activation.reference import quantize_activation, transform
+
+
+def pairs_on_ties() -> torch.Tensor:
+    """[10000, 2] half-integers in order: rows the ends of which, and so zero, often lie on ties."""
+    return torch.randint(0, 256, (10_000, 2), generator=torch.Generator().manual_seed(3)).sort(dim=1).values + 0.5
 
 
 def assert_equal_but_ties(found, y, error, **keywords):

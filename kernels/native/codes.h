@@ -38,25 +38,31 @@ INLINE int row_range(const Range *range, int symmetric, float *scale, float *zer
     float low = _mm512_reduce_min_ps(range->low), high = _mm512_reduce_max_ps(range->high);
     if (range->nan) low = high = NAN;
     int finite = isfinite(low) && isfinite(high);
-    float extent = isnan(low) ? NAN : fmaxf(-low, high), spread = high - low;
+    float extent = isnan(low) ? NAN : fmaxf(-low, high);
     *zero = 0.0f;
-    *scale = safe_scale(extent, QMAX);
-    if (symmetric) return finite;
-    float fine = safe_scale(spread > 0.0f ? spread : extent, 2.0f * QMAX);
-    if (extent > fine * 32768.0f) return finite;
-    *scale = fine;
-    *zero = -QMAX - nearbyintf(low * (1.0f / fine));
+    if (symmetric) {
+        *scale = safe_scale(extent, QMAX);
+        return finite;
+    }
+    float spread = high - low, span = spread > 0.0f ? spread : extent;
+    int far = extent > span * 128.0f;
+    *scale = safe_scale(far ? 2.0f * extent : span + extent * 0x1p-20f, 2.0f * QMAX);
+    if (!far) *zero = -QMAX - ceilf(low * (1.0f / *scale) - 0.5f);
     return finite;
 }
 
-// of a row whose range was measured: nothing is below -127, and what rounds to more than 127 saturates
-INLINE __m512i within_range(const float *v, __mmask16 mask, __m512 inverse, __m512i offset) {
-    return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load_floats(v, mask), inverse)), offset);
+// adding it to a small number leaves an integer in the low bits: the number, rounded, ties to even
+#define MAGIC 0x1.8p23f
+
+// round(v / scale + zero) of a row whose range was measured, so that it is within -127 and 127; offset: zero + MAGIC
+INLINE __m512i within_range(const float *v, __mmask16 mask, __m512 inverse, __m512 offset) {
+    __m512 y = _mm512_add_ps(_mm512_mul_ps(load_floats(v, mask), inverse), offset);
+    return _mm512_sub_epi32(_mm512_castps_si512(y), _mm512_castps_si512(_mm512_set1_ps(MAGIC)));
 }
 
 INLINE __m512i in_any_case(const float *v, __mmask16 mask, __m512 inverse, __m512 offset) {
     __m512 y = _mm512_mul_ps(load_floats(v, mask), inverse);
-    y = _mm512_add_ps(_mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), offset);
+    y = _mm512_sub_ps(_mm512_add_ps(y, offset), _mm512_set1_ps(MAGIC));
     // in this order of arguments a NaN passes; it becomes code 0, as in torch
     y = _mm512_min_ps(_mm512_set1_ps(QMAX), _mm512_max_ps(_mm512_set1_ps(-QMAX), y));
     return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), y);
@@ -92,13 +98,13 @@ INLINE void store_block(int8_t *codes, const __m512i v[4], const int arrangement
 }
 
 INLINE __m512i code_lanes(const float *v, __mmask16 mask, __m512 inverse, __m512 offset, int within) {
-    return within ? within_range(v, mask, inverse, _mm512_cvtps_epi32(offset)) : in_any_case(v, mask, inverse, offset);
+    return within ? within_range(v, mask, inverse, offset) : in_any_case(v, mask, inverse, offset);
 }
 
 // v [K], arranged as rotation.h says -> codes [K]. within: the row's range was measured
 INLINE void encode(const float *v, int64_t K, float scale, float zero, const int within, const int arrangement,
                    int8_t *codes) {
-    __m512 inverse = _mm512_set1_ps(1.0f / scale), offset = _mm512_set1_ps(zero);
+    __m512 inverse = _mm512_set1_ps(1.0f / scale), offset = _mm512_set1_ps(zero + MAGIC);
     __m512i four[4];
     int64_t at = 0;
     for (; at + 4 * LANES <= K; at += 4 * LANES) {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..directions import along, check
-from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
+from ..numerics import INT8_MAX, lerp_rows, rotate, round_sum, safe_scale
 
 
 def transform(
@@ -65,19 +65,23 @@ def quantize_activation(
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """x [M, K] fp32 -> round(x (1 / scale)) + zero [M, K] int8. The product is rounded before zero is added, so
-    that a fused multiply-add changes nothing."""
-    codes = (x * scale.reciprocal()).round()
-    return (codes if zero is None else codes + zero).clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    """x [M, K] fp32 -> round(x (1 / scale) + zero) [M, K] int8: the product is rounded to fp32, the sum to an integer.
+    Only a static range needs the clamp."""
+    codes = x * scale.reciprocal()
+    codes = codes.round() if zero is None else round_sum(codes, zero)
+    return codes.clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 def asymmetric_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Range -> (scale, zero) with low at code -127 and high at 127; a constant row c != 0 keeps its value."""
-    spread = high - low
+    """Range -> (scale, zero) with low at code -127 and high at 127, a tie next to them; a constant row c != 0 keeps
+    its value. No entry of the range has a code beyond."""
+    magnitude, spread = torch.maximum(high.abs(), low.abs()), high - low
     # a constant row has no spread: give it the step of its magnitude, so that its one value is exact to 1/254
-    scale = safe_scale(torch.where(spread > 0, spread, torch.maximum(high.abs(), low.abs())), 2 * INT8_MAX)
+    span = torch.where(spread > 0, spread, magnitude)
     # x / scale and zero must not leave fp32's exact integers: a far-off row falls back to a symmetric range
-    far = torch.maximum(high.abs(), low.abs()) > scale * 2**15
-    scale = torch.where(far, safe_scale(torch.maximum(high.abs(), low.abs()), INT8_MAX), scale)
-    zero = torch.where(far, torch.zeros_like(scale), -INT8_MAX - (low * scale.reciprocal()).round())
-    return scale, zero
+    far = magnitude > span * 2**7
+    # with u = 2**-24 the two ends' codes are off by 10.5 u magnitude / scale at the most, from the spread to x / scale
+    scale = safe_scale(torch.where(far, 2 * magnitude, span + magnitude * 2**-20), 2 * INT8_MAX)
+    # half down, so that low's code rounds to -127 or -126
+    zero = -INT8_MAX - (low * scale.reciprocal() - 0.5).ceil()
+    return scale, torch.where(far, torch.zeros_like(zero), zero)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..directions import check
-from ..numerics import INT8_MAX, lerp_rows, rotate, safe_scale
+from ..numerics import INT8_MAX, lerp_rows, rotate, round_sum, safe_scale
 from ..numerics import hadamard as hadamard_matrix
 from .reference import asymmetric_range
 
@@ -68,7 +68,7 @@ def quantize_activation(
             scale, zero = safe_scale(torch.maximum(-low, high), INT8_MAX), None
         else:
             scale, zero = (usual_range if on_cpu else asymmetric_range)(low, high)
-        encode(y, scale, zero, out, clamp=not symmetric)
+        encode(y, scale, zero, out)
         ranges.append((scale, zero))
     if static is not None:
         scale, zero = static
@@ -92,11 +92,11 @@ def static_range(scale: Tensor, zero: Tensor | None, index: Tensor, fraction: Te
 
 def usual_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """`asymmetric_range` on CPU, [m, 1], in a third of its calls where no row is constant, tiny or far off."""
-    scale = (high - low).div_(2 * INT8_MAX)
-    reach = torch.maximum(high, -low).add_(torch.finfo(torch.float32).tiny * 2**15)
-    if not bool((reach < scale * 2**15).all()):
+    scale, magnitude = high - low, torch.maximum(high, -low)
+    if not bool((magnitude + torch.finfo(torch.float32).tiny * 2**15 < scale * 2**7).all()):
         return asymmetric_range(low, high)
-    return scale, (low * scale.reciprocal()).round_().neg_().sub_(INT8_MAX)
+    scale.add_(magnitude, alpha=2**-20).div_(2 * INT8_MAX)
+    return scale, (low * scale.reciprocal()).sub_(0.5).ceil_().neg_().sub_(INT8_MAX)
 
 
 # p [m, R] and V [R, K], fp32
@@ -167,11 +167,10 @@ def butterfly(x: Tensor, out: Tensor, stride: int) -> None:
     total.sub_(a, alpha=2)
 
 
-def encode(y: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, clamp: bool) -> None:
-    """y [m, K] fp32 is overwritten; codes go to out [m, K] int8. A symmetric range of y itself needs no clamp."""
-    y.mul_(scale.reciprocal()).round_()
-    if zero is not None:
-        y.add_(zero)
+def encode(y: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, clamp: bool = False) -> None:
+    """y [m, K] fp32 is overwritten; codes go to out [m, K] int8. A range of y itself needs no clamp."""
+    y.mul_(scale.reciprocal())
+    y = y.round_() if zero is None else round_sum(y, zero)
     if clamp:
         y.clamp_(-INT8_MAX, INT8_MAX)
     out.copy_(y)
