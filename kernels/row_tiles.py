@@ -90,8 +90,9 @@ def plans(
     """Tiles for rows of K columns, best first; none where the registers do not hold a row.
 
     tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x; find: the
-    coordinates along the directions are found too. Fewest padded columns first, then the next tile's loads in flight,
-    then at least 512 threads on a multiprocessor.
+    coordinates along the directions are found too: threads may then hold the same columns of two rows, and read the
+    directions once. Fewest padded columns first, then the next tile's loads in flight, then at least 512 threads on a
+    multiprocessor.
     """
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return ()
@@ -106,11 +107,15 @@ def plans(
     gelu = prologue == "gelu"
     fetching = (False,) if gelu else (False, True) if staged else (True, False)
     holding = (True, False) if (find or gelu) and tables == 2 else (True,)
-    for width, prefetch, hold in product((256, 512, 1024, 2048, 4096), fetching, holding):
+    together = (1, 2) if find and order > 1 else (1,)
+    for width, prefetch, hold, rows in product((256, 512, 1024, 2048, 4096), fetching, holding, together):
         chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
+        # of fewer columns a thread would share little, and more of two rows spill on one card or another
+        if rows == 2 and not (chunks == 3 and prefetch and hold):
+            continue
         # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
         columns = VECTOR * chunks
-        registers = columns * (1 + tables - (not hold)) + 32 + 24 * (staged and tables == 0)
+        registers = columns * (rows + tables - (not hold)) + 32 + 24 * (staged and tables == 0)
         registers += 8 * gelu + 16 * (gelu and not hold)
         if directions:
             # compute capability 10 multiplies in pairs, which have to lie side by side
@@ -127,10 +132,10 @@ def plans(
             registers += 24 * (itemsize == 4 and columns > 56)
             # rows at any address: a mask and an address for every few columns
             registers += 80 * (K % 16 > 0)
-        registers += columns * itemsize * inputs // 4 if prefetch else 8 * (itemsize == 4)
+        registers += columns * itemsize * inputs * rows // 4 if prefetch else 8 * (itemsize == 4)
         if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
             continue
-        tile = Tile(warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
+        tile = Tile(rows * warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
         # of rows side by side Triton would spread each over all warps: more sums between them, more barriers
         if staged and not prefetch and tile.rows == 1:
             tile = staging(tile, itemsize * inputs, capability)
@@ -141,7 +146,8 @@ def plans(
         waiting = 0.1 * (not prefetch and tile.stages == 1)
         # the sums of 16 warps, which a rotation outlasts
         wide = (0.12 if order == 1 and prologue == "plain" else 0.01) * (warps > 8)
-        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + wide)
+        # of 52 instructions an entry 4 to 5 are shared with the other row: conversions of directions, and loads
+        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + wide - 0.09 * (rows == 2))
     return tuple(sorted(costs, key=lambda tile: costs[tile]))
 
 

@@ -83,6 +83,15 @@ def test_rows_side_by_side_are_fetched_to_registers(order, capability):
         assert (found.prefetch, found.stages) == (True, 1)
 
 
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("K", [1536, 3072, 6144])
+def test_two_rows_share_what_is_read_of_the_directions(K, capability):
+    """A thread holds 24 columns of both; without a rotation its sums would spill."""
+    found = [plan(K, order, 2, 2, "plain", True, capability, True) for order in (256, 1)]
+    assert [tile.rows * tile.width * tile.chunks // (32 * tile.warps) for tile in found] == [48, 24]
+    assert found[0].programs_per_multiprocessor * found[0].warps >= 8
+
+
 def test_sixteen_warps_share_a_row_where_a_rotation_outlasts_their_sums():
     assert [plan(12288, order, 2, 2, capability=90).warps for order in (1, 256)] == [8, 16]
 
