@@ -16,7 +16,7 @@ VECTOR = 8
 REGISTER_FILE = 65536
 # bytes of a multiprocessor per architecture family; a program's own and its sums over rows
 SHARED_MEMORY = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
-SHARED_MEMORY_RESERVED = 3 * 1024
+SHARED_MEMORY_RESERVED = 1536
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plans(
     tables: per-column fp32 values that stay in registers (shift, 1 / smooth); itemsize: bytes per entry of x; find: the
     coordinates along the directions are found too: threads may then hold the same columns of two rows, and read the
     directions once. Fewest padded columns first, then the next tile's loads in flight, then at least 512 threads on a
-    multiprocessor.
+    multiprocessor; rows that are only shifted and scaled get few threads with many columns each instead.
     """
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return ()
@@ -108,8 +108,9 @@ def plans(
     fetching = (False,) if gelu else (False, True) if staged else (True, False)
     holding = (True, False) if (find or gelu) and tables == 2 else (True,)
     together = (1, 2) if find and order > 1 else (1,)
+    light = order == 1 and prologue == "plain" and not directions
     for width, prefetch, hold, rows in product((256, 512, 1024, 2048, 4096), fetching, holding, together):
-        chunks, warps = ceil(K / width), max(4, width // (32 * VECTOR))
+        chunks, warps = ceil(K / width), max(1 if light and staged and not prefetch else 4, width // (32 * VECTOR))
         # of fewer columns a thread would share little, and more of two rows spill on one card or another
         if rows == 2 and not (chunks == 3 and prefetch and hold):
             continue
@@ -143,6 +144,9 @@ def plans(
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
         alone = 0.05 * (tile.programs_per_multiprocessor == 1)
         crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
+        if light:
+            # 9 instructions an entry and 146 a tile: its range, scale, addresses. One tile ahead keeps no memory busy
+            crowded = 17 / columns + 0.1 * prefetch
         waiting = 0.1 * (not prefetch and tile.stages == 1)
         # the sums of 16 warps, which a rotation outlasts
         wide = (0.12 if order == 1 and prologue == "plain" else 0.01) * (warps > 8)
