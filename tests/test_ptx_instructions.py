@@ -56,6 +56,16 @@ def test_halves_are_rounded_as_torch_rounds_them(kind, dtype):
     assert found[~known].isnan().all()
 
 
+def test_floats_are_rounded_to_whole_ones():
+    values = np.float32([-2.5, -0.75, 0.5, 1.5, 2.5, 7.25, 2**30, -np.inf])
+    machine = run(
+        "cvt.rpi.f32.f32 %r2, %r1; cvt.rmi.f32.f32 %r3, %r1; cvt.rni.f32.f32 %r4, %r1; cvt.rzi.f32.f32 %r5, %r1;",
+        r1=bits(np.tile(values, 4)),
+    )
+    for register, whole in (("%r2", np.ceil), ("%r3", np.floor), ("%r4", np.round), ("%r5", np.trunc)):
+        assert np.array_equal(floats(machine, register)[:8], whole(values))
+
+
 def test_integers_wrap_shift_and_extend():
     a, b = words(), words()
     machine = run(

@@ -7,7 +7,7 @@ import numpy as np
 from .machine import Action, Fault, Machine, translates, unknown
 from .operands import FLOATS, TYPES, listed, reader, writer
 from .program import Instruction, Program
-from .rounding import from_float, fused, to_half, to_integer
+from .rounding import WHOLE, from_float, fused, to_half, to_integer
 
 ROUNDINGS = {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi"}
 WIDER = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
@@ -246,7 +246,8 @@ def conversion(instruction: Instruction, program: Program) -> Action:
         if target in ("bf16", "f16") and floating:
             return to_half(from_float(value, source), target)
         if target in FLOATS:
-            return (from_float(value, source) if source == "bf16" else value).astype(TYPES[target])
+            wide = (from_float(value, source) if source == "bf16" else value).astype(TYPES[target])
+            return WHOLE[rounding](wide) if rounding in WHOLE else wide
         if floating:
             return to_integer(from_float(value, source) if source == "bf16" else value, rounding, target)
         if "sat" in modifiers:

@@ -38,9 +38,13 @@ def to_half(value: np.ndarray, kind: str) -> np.ndarray:
         return to_bf16(value) if kind == "bf16" else value.astype(np.float16).view(np.uint16)
 
 
+# to an integer that stays a float
+WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
 def to_integer(value: np.ndarray, rounding: str, kind: str) -> np.ndarray:
     """Clamped to the range; NaN is 0."""
-    whole = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding](value.astype(np.float64))
+    whole = WHOLE[rounding](value.astype(np.float64))
     limits = np.iinfo(TYPES[kind])
     # the largest double of an int64 is not its largest value
     top = float(limits.max) if limits.bits < 64 else float(limits.max - 1023)
