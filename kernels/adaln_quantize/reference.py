@@ -41,9 +41,10 @@ def per_row(modulation: Tensor, M: int) -> Tensor:
 
 def tokens_per_sample(modulation: Tensor, M: int) -> int:
     B = len(modulation)
-    if M % B:
+    # no samples have no rows
+    if M % B if B else M:
         raise ValueError(f"{M} rows are not divisible by the {B} rows of the modulation; pass [1, K] or [B, K]")
-    return M // B
+    return M // B if B else 0
 
 
 def adaln_quantize(
