@@ -1,4 +1,4 @@
-"""Values next to ties, and codes of two implementations whose fp32 values differ in the last bits: equal, but next to a tie."""
+"""Values next to ties; and codes of two implementations whose fp32 values differ in the last bits: equal but there."""
 
 from math import log
 
