@@ -55,7 +55,7 @@ def test_rows_with_coordinates_fit_where_a_tile_is_offered(itemsize, capability)
 @pytest.mark.parametrize("tables", [0, 2])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_ahead_fit_in_shared_memory(itemsize, tables, prologue, capability):
-    """Of all programs that registers let onto a multiprocessor, with a kilobyte of each for the driver, and its sums."""
+    """Of all programs that registers let onto a multiprocessor, a kilobyte of each for the driver, and its sums."""
     for K in (*range(16, 300, 16), *range(320, LONGEST_ROW + 1, 64)):
         tile = plan(K, 1, tables, itemsize, prologue, capability=capability)
         if tile is None:
