@@ -140,10 +140,11 @@ def plans(
         # of rows side by side Triton would spread each over all warps: more sums between them, more barriers
         if staged and not prefetch and tile.rows == 1:
             tile = staging(tile, itemsize * inputs, capability)
-        # sums over a row want registers more than they want warps, and another program for the time they take
+        # sums over a row want registers more than they want warps, another program for the time they take, and many
+        # columns to share it: 150 instructions a tile beside 46 an entry
         idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
         alone = 0.05 * (tile.programs_per_multiprocessor == 1)
-        crowded = 0.0075 * idle + alone if find else 0.1 * (registers > 128)
+        crowded = 0.01 * idle + alone + 3.3 / columns if find else 0.1 * (registers > 128)
         if light:
             # 9 instructions an entry and 146 a tile: its range, scale, addresses. One tile ahead keeps no memory busy
             crowded = 17 / columns + 0.1 * prefetch
