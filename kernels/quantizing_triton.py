@@ -12,6 +12,8 @@ import triton.language as tl
 # 1.5 * 2**23: adding it rounds |v| < 2**22 to an integer, ties to even, and leaves that integer in the low bits
 MAGIC = tl.constexpr(12582912.0)
 TINY = tl.constexpr(1.1754943508222875e-38)
+# of a row's magnitude, which widens its range: see the reference
+MARGIN = tl.constexpr(2.0**-20)
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def asymmetric_range(low, high):
     spread = high - low
     span = tl.where(spread > 0, spread, magnitude)
     far = magnitude > span * 128.0
-    scale = safe_scale(tl.where(far, 2.0 * magnitude, span + magnitude * 9.5367431640625e-07), 254.0)
+    scale = safe_scale(tl.where(far, 2.0 * magnitude, span + magnitude * MARGIN), 254.0)
     inverse = tl.div_rn(1.0, scale)
     return scale, inverse, tl.where(far, 0.0, -127.0 - tl.ceil(low * inverse - 0.5))
 

@@ -73,14 +73,17 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def asymmetric_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Range -> (scale, zero) with low at code -127 and high at 127, a tie next to them; a constant row c != 0 keeps
-    its value. No entry of the range has a code beyond."""
+    """Range -> (scale, zero): low at code -127 and high at 127, or next to it; a constant row c != 0 keeps its value.
+
+    No entry has a code beyond. With u = 2**-24 and m the magnitude, the codes of high and low before rounding differ by
+    less than 254 + 10.5 u m / scale: spread, span, scale, its inverse and both products are rounded once each. Without
+    the 16 u m by which the range is widened, some rows far off zero would reach 128.
+    """
     magnitude, spread = torch.maximum(high.abs(), low.abs()), high - low
     # a constant row has no spread: give it the step of its magnitude, so that its one value is exact to 1/254
     span = torch.where(spread > 0, spread, magnitude)
     # x / scale and zero must not leave fp32's exact integers: a far-off row falls back to a symmetric range
     far = magnitude > span * 2**7
-    # with u = 2**-24 the two ends' codes are off by 10.5 u magnitude / scale at the most, from the spread to x / scale
     scale = safe_scale(torch.where(far, 2 * magnitude, span + magnitude * 2**-20), 2 * INT8_MAX)
     # half down, so that low's code rounds to -127 or -126
     zero = -INT8_MAX - (low * scale.reciprocal() - 0.5).ceil()
