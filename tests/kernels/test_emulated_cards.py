@@ -26,7 +26,7 @@ OLDEST = os.environ.get("DIT_QUANT_OLDEST_TRITON", "")
 # capability, and the folder of another Triton
 CARDS = [*((capability, "") for capability in CAPABILITIES), *((90, OLDEST) for _ in OLDEST[:1])]
 # prime, so that no parameter of the tests is always the same
-SHARES = 17
+SHARES = 19
 LEAST = 50
 
 
