@@ -110,7 +110,8 @@ def plans(
     together = (1, 2) if find and order > 1 else (1,)
     light = order == 1 and prologue == "plain" and not directions
     for width, prefetch, hold, rows in product((256, 512, 1024, 2048, 4096), fetching, holding, together):
-        chunks, warps = ceil(K / width), max(1 if light and staged and not prefetch else 4, width // (32 * VECTOR))
+        fewest = 1 if light and staged and not prefetch else 4
+        chunks, warps = ceil(K / width), max(fewest, width // (32 * VECTOR))
         # of fewer columns a thread would share little, and more of two rows spill on one card or another
         if rows == 2 and not (chunks == 3 and prefetch and hold):
             continue
@@ -140,14 +141,16 @@ def plans(
         # of rows side by side Triton would spread each over all warps: more sums between them, more barriers
         if staged and not prefetch and tile.rows == 1:
             tile = staging(tile, itemsize * inputs, capability)
-        # sums over a row want registers more than they want warps, another program for the time they take, and many
-        # columns to share it: 150 instructions a tile beside 46 an entry
-        idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
-        alone = 0.05 * (tile.programs_per_multiprocessor == 1)
-        crowded = 0.01 * idle + alone + 3.3 / columns if find else 0.1 * (registers > 128)
-        if light:
+        if find:
+            # sums over a row want registers more than they want warps, another program for the time they take, and many
+            # columns to share it: 150 instructions a tile beside 46 an entry
+            idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
+            crowded = 0.01 * idle + 0.05 * (tile.programs_per_multiprocessor == 1) + 3.3 / columns
+        elif light:
             # 9 instructions an entry and 146 a tile: its range, scale, addresses. One tile ahead keeps no memory busy
             crowded = 17 / columns + 0.1 * prefetch
+        else:
+            crowded = 0.1 * (registers > 128)
         waiting = 0.1 * (not prefetch and tile.stages == 1)
         # the sums of 16 warps, which a rotation outlasts
         wide = (0.12 if order == 1 and prologue == "plain" else 0.01) * (warps > 8)

@@ -41,10 +41,11 @@ def per_row(modulation: Tensor, M: int) -> Tensor:
 
 def tokens_per_sample(modulation: Tensor, M: int) -> int:
     B = len(modulation)
-    # no samples have no rows
-    if M % B if B else M:
+    if B == M == 0:
+        return 0
+    if B == 0 or M % B:
         raise ValueError(f"{M} rows are not divisible by the {B} rows of the modulation; pass [1, K] or [B, K]")
-    return M // B if B else 0
+    return M // B
 
 
 def adaln_quantize(

@@ -69,7 +69,8 @@ def ends():
 
 
 def test_no_entry_of_a_dynamic_range_has_a_code_beyond():
-    """The codes are not clamped, they are within: ends and what lies between, ties and offsets of all sizes."""
+    """The codes are not clamped, they are within: those of both ends, between which all others lie. Ties and offsets of
+    all sizes."""
     x = ends().flatten(0, 1)
     scale, zero = reference.asymmetric_range(x[:, :1], x[:, 1:])
     codes = reference.round_sum(x * scale.reciprocal(), zero)

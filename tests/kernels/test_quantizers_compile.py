@@ -42,7 +42,9 @@ def test_rows_stay_in_registers(compiled):
         coming = (tile.get("STAGES", 1) - 1) * tile_copies(tile) * 16 * 32 * result.warps
         if request.signature["x_ptr"].startswith("*fp32"):
             coming *= 2
-        assert result.shared <= 2048 + coming, (request.name, result.shared)
+        # what row_tiles.py leaves for it beside tiles and the driver's kilobyte
+        values = 512 if coming else 2048
+        assert result.shared <= values + coming, (request.name, result.shared)
 
 
 def test_tiles_ahead_are_on_their_way_while_one_is_worked_on(compiled):
