@@ -4,7 +4,7 @@ Each family lists its tiles from large to small. A large tile reads its operands
 multiprocessor something to do. `tile_for` takes the first that does not mostly pad M and that fills the card.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 # multiprocessors of the usual card of each family: A100, 3090, 4090, H100, B200, 5090; 0 is anything else
@@ -26,6 +26,7 @@ class Tile:
     descriptors: int8 operands are loaded through tensor descriptors (TMA): one thread asks for a block, none holds
     addresses. store: y is written that way.
     ahead: int4_linear loads codes to registers, a step before they are decoded.
+    decoded: int4_linear decodes the whole weight to memory first, and this is a tile of int8_linear.
     """
 
     block_m: int
@@ -40,6 +41,7 @@ class Tile:
     descriptors: bool = False
     store: bool = False
     ahead: bool = False
+    decoded: bool = False
 
     def parts_with(self, directions: bool, even: bool) -> int:
         """Directions want vectors of their own in the epilogue; a loop with masks spills where that is cut."""
@@ -128,6 +130,11 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int4_linear", 100): TRANSPOSED_INT4,
     ("int4_linear", 120): AMPERE_INT4,
 }
+# int4_linear, buckets of M: decoding in the main loop takes longer than decoding the whole weight once, for a while in
+# memory, where it has so many entries. Measured on an H200: the main loop takes 1.17 to 1.34 times int8_linear's, and a
+# weight of any size some microseconds. Other families offer it to autotune.py, as of the smallest of these buckets.
+DECODED_FROM: dict[int, dict[int, int]] = {90: {4096: 24_000_000, 8192: 9_000_000}}
+DECODED_BUCKET = 4096
 # K not divisible by 16 is loaded byte by byte: small enough that its addresses fit in registers
 RAGGED = Tile(64, 64, 64, warps=8, stages=2)
 
@@ -158,7 +165,15 @@ def candidates(op: str, capability: int, bucket: int, N: int, K: int) -> tuple[T
     if K % EVEN_K or N % EVEN_N:
         # masks and scattered addresses take the registers that the largest tile needs for its sums
         tiles = tuple(tile for tile in tiles if tile.block_m * tile.block_n < tiles[0].block_m * tiles[0].block_n)
+    elif op == "int4_linear" and bucket >= DECODED_BUCKET:
+        tiles = (replace(TILES["int8_linear", family_of(capability)][0], decoded=True), *tiles)
     return tuple(tile for tile in tiles if tile.block_m <= bucket)
+
+
+def decodes_first(capability: int, bucket: int, N: int, K: int) -> bool:
+    """Whether int4_linear had better decode its whole weight first."""
+    least = DECODED_FROM.get(family_of(capability), {}).get(bucket)
+    return least is not None and least <= N * K
 
 
 def tile_for(op: str, capability: int, M: int, N: int, K: int) -> Tile:
@@ -169,11 +184,18 @@ def tile_for(op: str, capability: int, M: int, N: int, K: int) -> Tile:
 @lru_cache(maxsize=4096)
 def _tile_for_bucket(op: str, capability: int, bucket: int, N: int, K: int) -> Tile:
     fitting = candidates(op, capability, bucket, N, K)
+    if not decodes_first(capability, bucket, N, K):
+        fitting = in_registers(fitting)
     wanted = MULTIPROCESSORS[family_of(capability)]
     for tile in fitting:
         if programs(tile, bucket, N) >= wanted:
             return tile
     return max(fitting, key=lambda tile: programs(tile, bucket, N))
+
+
+def in_registers(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """Without those for which a whole weight is decoded."""
+    return tuple(tile for tile in tiles if not tile.decoded)
 
 
 def programs(tile: Tile, M: int, N: int) -> int:

@@ -1,7 +1,9 @@
 """Ahead-of-time compilations of the two linears: every tile that kernels/tiles.py ships, on every target."""
 
+from itertools import product
+
 from ahead_of_time import CAPABILITIES, Compilation
-from dit_quant.kernels.tiles import RAGGED, TILES, Tile, family_of
+from dit_quant.kernels.tiles import EVEN_N, RAGGED, TILES, Tile, family_of
 
 # wgmma and mma.sync; tensor memory of sm_100
 INT8 = r"s32\.s8\.s8|kind::i8$"
@@ -65,6 +67,35 @@ def int4_compilation(
     if not table:
         constexprs["table_ptr"] = None
     return compilation("int4_linear", pointers, constexprs, capability, tile, plain, ragged)
+
+
+def decode_compilation(capability: int | str, *, group: int = 16, table: bool = False, width: int = 512) -> Compilation:
+    """A whole 4-bit weight to int8."""
+    signature = {
+        "w_ptr": "*i32:16",
+        "levels_ptr": "*u8:16",
+        "table_ptr": "*i32:16",
+        "codes_ptr": "*i8:16",
+        "K": "i32:16",
+    }
+    constexprs: dict[str, object] = {
+        "GROUP": group,
+        "PERMUTE": isinstance(capability, int),
+        "BLOCK_N": EVEN_N,
+        "BLOCK_K": width,
+    }
+    if not table:
+        del signature["table_ptr"]
+        constexprs["table_ptr"] = None
+    return Compilation(
+        name=f"decode_weight {width} G{group}" + " table" * table,
+        module="dit_quant.kernels.int4_linear.whole_triton",
+        kernel="decode_weight",
+        signature=signature,
+        constexprs=constexprs,
+        capability=capability,
+        options={"num_warps": 4, "enable_fp_fusion": False},
+    )
 
 
 def compilation(
@@ -157,6 +188,10 @@ def compilations(all: bool = False) -> list[tuple[Compilation, str]]:
                 int4_compilation(capability, tile, group=group) for tile in (int4_tiles if all else int4_tiles[:1])
             ]
     expected = [(request, INT8) for request in found]
+    for target in (*CAPABILITIES, *AMD_TARGETS):
+        every = product((16, 32, 64, 128), (False, True), (128, 256, 512))
+        for group, table, width in every if all else ((16, False, 512), (128, True, 128)):
+            expected.append((decode_compilation(target, group=group, table=table, width=width), ""))
     for target in AMD_TARGETS:
         for build, op in ((int8_compilation, "int8_linear"), (int4_compilation, "int4_linear")):
             expected += [(build(target, tile), AMD_INT8) for tile in (TILES[op, 0] if all else TILES[op, 0][:1])]

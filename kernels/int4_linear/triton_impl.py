@@ -12,13 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..descriptors_triton import described, loads, stores
+from ..int8_linear.triton_impl import multiply
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, rank_of, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
-from ..tiles import Tile, family_of, programs
+from ..tiles import Tile, bucket_of, candidates, family_of, in_registers, programs
 from ..triton_device import capability_of
 from .decode_triton import decode_tile, level_pointers, levels_of
+from .whole_triton import decode
 
 GROUP_SIZES = (16, 32, 64, 128)
 # Hopper reads its left operand from registers, data-centre Blackwell from tensor memory: the decoded weight goes there
@@ -186,6 +188,14 @@ def kernel(
     )
 
 
+def room(N: int, K: int, device: torch.device) -> Tensor | None:
+    """Where a whole weight can be decoded to, for as long as a product lasts; None where memory is too short for it."""
+    try:
+        return torch.empty((N, K), dtype=torch.int8, device=device)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def int4_linear(
     a: Tensor,
     packed: Tensor,
@@ -226,6 +236,12 @@ def int4_linear(
     transposed = family_of(capability_of(a.device)) in TRANSPOSED_FAMILIES
 
     def launch(tile: Tile) -> None:
+        if tile.decoded and (codes := room(N, K, a.device)) is not None:
+            decode(words, levels, lookup, codes)
+            multiply(tile, a, codes, y, operands, rank_of(responses), T, strides)
+            return
+        if tile.decoded:
+            (tile, *_) = in_registers(candidates("int4_linear", capability_of(a.device), bucket_of(M), N, K))
         descriptors, store = loads(tile), stores(tile, y)
         kernel(a.device, tile, K, group, rank_of(responses), T, transposed, descriptors, store)(
             programs(tile, M, N),

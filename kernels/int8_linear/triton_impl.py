@@ -130,6 +130,34 @@ def kernel(
     return launcher(int8_linear_kernel, capability, DESCRIPTORS=descriptors, STORE=store, **options)
 
 
+def multiply(
+    tile: Tile,
+    a: Tensor,
+    w: Tensor,
+    y: Tensor,
+    operands: tuple[Tensor | None, ...],
+    rank: int,
+    groups: int,
+    strides: tuple[int, int],
+) -> None:
+    """One launch, on the current device: y [M, N] from `aligned` a [M, K] and w [N, K]. operands: of
+    `epilogue_operands`; strides: of row scale and row zero."""
+    (M, K), N = a.shape, w.shape[0]
+    descriptors, store = loads(tile), stores(tile, y)
+    kernel(a.device, tile, K, rank, groups, descriptors, store)(
+        programs(tile, M, N),
+        described(a, tile.block_m, tile.block_k, descriptors),
+        described(w, tile.block_n, tile.block_k, descriptors),
+        described(y, tile.block_m, tile.block_n, store),
+        *operands,
+        M,
+        N,
+        K,
+        groups,
+        *strides,
+    )
+
+
 def int8_linear(
     a: Tensor,
     w: Tensor,
@@ -158,19 +186,7 @@ def int8_linear(
     T, strides = groups_of(correction), (row_stride(row_scale), row_stride(row_zero))
 
     def launch(tile: Tile) -> None:
-        descriptors, store = loads(tile), stores(tile, y)
-        kernel(a.device, tile, K, rank_of(responses), T, descriptors, store)(
-            programs(tile, M, N),
-            described(a, tile.block_m, tile.block_k, descriptors),
-            described(w, tile.block_n, tile.block_k, descriptors),
-            described(y, tile.block_m, tile.block_n, store),
-            *operands,
-            M,
-            N,
-            K,
-            T,
-            *strides,
-        )
+        multiply(tile, a, w, y, operands, rank_of(responses), T, strides)
 
     if y.numel():
         flags = (dtype, row_zero is not None, bias is not None, correction is not None, responses is not None)

@@ -6,9 +6,11 @@ import torch
 pytest.importorskip("triton")
 
 from dit_quant.kernels import linear_launch
-from dit_quant.kernels.int4_linear import reference, triton_impl
+from dit_quant.kernels.int4_linear import reference, triton_impl, whole_triton
+from dit_quant.kernels.int4_linear.triton_impl import room
 from dit_quant.kernels.numerics import MULTIPLIER_MAX, decode_int4, pack_int4, pack_levels
-from dit_quant.kernels.tiles import TILES, Tile
+from dit_quant.kernels.tiles import EVEN_N, TILES, Tile, candidates
+from dit_quant.kernels.triton_device import capability_of
 from linear_cases import activations, case, expected, skip_on_other_cards
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -149,6 +151,55 @@ def test_every_tile_has_the_same_bits(tile, transposed, monkeypatch, device):
         epilogue = case(M, N, decode_int4(packed, levels), full=True, dtype=torch.float16, device=device)
         y = triton_impl.int4_linear(a, packed, levels=levels, **epilogue)
         assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, **epilogue))
+
+
+@pytest.mark.parametrize("K", [128, 384, 768, 1536])
+@pytest.mark.parametrize("group", triton_impl.GROUP_SIZES)
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "table"])
+def test_a_whole_weight_is_decoded_as_the_reference_does(kind, group, K, device):
+    """Steps of 128, 256 and 512 columns; several in both directions."""
+    packed, levels = weight(3 * EVEN_N, K, group, device, kind == "symmetric")
+    table = lookup(device) if kind == "table" else None
+    codes = torch.empty(3 * EVEN_N, K, dtype=torch.int8, device=device)
+    whole_triton.decode(packed.view(torch.int32), levels, None if table is None else table.view(torch.int32), codes)
+    assert torch.equal(codes, decode_int4(packed, levels, table))
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "table"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_with_a_weight_decoded_first_has_the_same_bits(dtype, kind, monkeypatch, device):
+    """With the tile that this card would take."""
+    tile = candidates("int4_linear", capability_of(device), 8192, 4096, 4096)[0]
+    assert tile.decoded
+    monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
+    asked = []
+    monkeypatch.setattr(triton_impl, "room", lambda *size: asked.append(size[:2]) or room(*size))
+    a, (packed, levels) = activations(33, 256, device), weight(48, 256, 16, device)
+    table = lookup(device) if kind == "table" else None
+    epilogue = case(33, 48, decode_int4(packed, levels, table), full=True, dtype=dtype, device=device)
+    y = triton_impl.int4_linear(a, packed, levels=levels, table=table, **epilogue)
+    assert asked == [(48, 256)]
+    assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, table=table, **epilogue))
+
+
+def test_without_room_for_a_whole_weight_it_is_decoded_in_registers(monkeypatch, device):
+    tile = Tile(32, 32, 64, warps=4, stages=2, decoded=True)
+    monkeypatch.setattr(linear_launch, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(triton_impl, "room", lambda *_: None)
+    monkeypatch.setattr(triton_impl, "decode", None)
+    a, (packed, levels) = activations(3, 256, device), weight(48, 256, 16, device)
+    epilogue = case(3, 48, decode_int4(packed, levels), full=True, dtype=torch.float16, device=device)
+    y = triton_impl.int4_linear(a, packed, levels=levels, **epilogue)
+    assert torch.equal(y, expected(reference.int4_linear, a, packed, levels=levels, **epilogue))
+
+
+def test_room_is_not_an_error_where_memory_is_short(monkeypatch):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert room(3, 4, torch.device("cpu")).shape == (3, 4)
+    monkeypatch.setattr(torch, "empty", none)
+    assert room(3, 4, torch.device("cpu")) is None
 
 
 def test_views_into_a_file_and_empty_batches(device):

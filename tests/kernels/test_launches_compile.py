@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from ahead_of_time import CAPABILITIES, nvidia_tool, read_off
 from benchmark_scripts import load
+from dit_quant.kernels.tiles import bucket_of, decodes_first
 from linear_compilations import INT8
 
 if shutil.which(nvidia_tool("cuobjdump")) is None:
@@ -26,6 +27,8 @@ PRESETS = "W8A8", "W8A8 fast", "W8A8 static", "W4A8"
 LAYERS = (
     *(dry.Launch(preset, 4096, 3072, 9216) for preset in PRESETS),
     dry.Launch("W8A8 fast", 4096, 3072, 9216, "float32"),
+    # as many tokens for which no card decodes the weight first
+    dry.Launch("W4A8", 4096, 1536, 1536),
     dry.Launch("W8A8", 63, 1152, 1160),
     dry.Launch("W4A8", 63, 1152, 1160),
     # no divisor of the tile's steps: an odd K, and a row that is no multiple of a word
@@ -66,9 +69,15 @@ def test_what_an_op_launches_compiles_within_the_cards_limits(capability, case, 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_layer_is_a_quantizer_and_a_product(capability, results):
     for case in LAYERS:
-        *quantizers, product = [kernel.name for kernel in results[capability, case]]
-        assert product == ("int4_linear_kernel" if case.preset == "W4A8" else "int8_linear_kernel")
-        assert quantizers in (["quantize_rows"], ["coordinates_kernel", "quantize_long_rows"])
+        names = [kernel.name for kernel in results[capability, case]]
+        if case.preset != "W4A8":
+            products = ["int8_linear_kernel"]
+        elif decodes_first(capability, bucket_of(case.M), case.N, case.K):
+            products = ["decode_weight", "int8_linear_kernel"]
+        else:
+            products = ["int4_linear_kernel"]
+        assert names[-len(products) :] == products
+        assert names[: -len(products)] in (["quantize_rows"], ["coordinates_kernel", "quantize_long_rows"])
 
 
 def test_what_another_backend_would_run_is_an_error(tmp_path):

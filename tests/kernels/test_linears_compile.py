@@ -92,7 +92,7 @@ def test_main_loops_move_no_bytes_but_those_of_a_4_bit_weight(results):
     """A byte permutation per weight would cost as much as the product. See Tile.dots for where they came from."""
     for (request, _), result in zip(REQUESTS, results, strict=True):
         # the layout of tensor memory (100) takes more, and AMD cards have no such instruction
-        if request.capability == 100 or isinstance(request.capability, str):
+        if request.capability == 100 or isinstance(request.capability, str) or request.kernel == "decode_weight":
             continue
         allowed = 0
         if request.kernel == "int4_linear_kernel":

@@ -39,7 +39,8 @@ def test_it_compiles_what_ships(position, results):
 
 def test_a_form_of_every_kernel_is_among_them():
     kernels = {r.kernel for r in REQUESTS}
-    assert kernels == {"int8_linear_kernel", "int4_linear_kernel", "quantize_rows", "quantize_long_rows"}
+    products = {"int8_linear_kernel", "int4_linear_kernel", "decode_weight"}
+    assert kernels == {*products, "quantize_rows", "quantize_long_rows"}
     assert any(r.constexprs.get("FIND") for r in REQUESTS)
     assert any(r.constexprs.get("PARTS", 1) > 1 and not r.constexprs["EARLY"] for r in REQUESTS)
 
@@ -58,6 +59,7 @@ def test_it_takes_what_the_ops_launch(capability, tmp_path):
     dry = load("dry_launches")
     launches = [dry.Launch(preset, 4096, 3072, 9216) for preset in ("W8A8", "W8A8 static", "W4A8")]
     for kernels in dry.dry_launches(capability, launches, tmp_path, cache=tmp_path / "cache", triton=FOLDER):
-        quantizer, product = kernels
+        quantizer, *decoder, product = kernels
         assert quantizer.name == "quantize_rows"
+        assert [kernel.name for kernel in decoder] in ([], ["decode_weight"])
         assert product.name in ("int8_linear_kernel", "int4_linear_kernel")

@@ -1,5 +1,7 @@
 """Tables of tiles: every shape has one, it depends on the bucket of M alone, and it fits the card."""
 
+from dataclasses import replace
+
 import pytest
 from ahead_of_time import SHARED_LIMIT
 from dit_quant.kernels.tiles import (
@@ -9,7 +11,9 @@ from dit_quant.kernels.tiles import (
     TILES,
     bucket_of,
     candidates,
+    decodes_first,
     family_of,
+    in_registers,
     programs,
     tile_for,
 )
@@ -82,3 +86,25 @@ def test_uneven_shapes_avoid_the_tile_without_spare_registers():
         for tile in candidates("int8_linear", 90, 8192, N, K):
             assert tile.block_m * tile.block_n < largest.block_m * largest.block_n
     assert tile_for("int8_linear", 90, 8192, 4096, 100) == RAGGED
+
+
+@pytest.mark.parametrize("capability", [0, 80, 86, 89, 90, 100, 120])
+def test_a_weight_is_decoded_first_by_default_where_that_was_measured_to_pay(capability):
+    """The tokens of a bucket of 4096 are 2049 and more."""
+    for M, N, K in ((2049, 9216, 3072), (4097, 3072, 3072), (100000, 21504, 3072)):
+        tile = tile_for("int4_linear", capability, M, N, K)
+        assert tile.decoded == (capability == 90) == decodes_first(capability, bucket_of(M), N, K)
+    for M, N, K in ((2048, 21504, 3072), (4096, 3072, 3072), (8192, 1536, 1536), (8192, 21504, 3072 + 16)):
+        assert not tile_for("int4_linear", capability, M, N, K).decoded
+
+
+@pytest.mark.parametrize("capability", [0, 80, 86, 89, 90, 100, 120])
+def test_decoding_first_is_offered_once_with_the_tile_of_such_an_8_bit_product(capability):
+    for bucket, N, K in ((4096, 1536, 1536), (8192, 9216, 3072)):
+        decoded, *others = candidates("int4_linear", capability, bucket, N, K)
+        assert replace(decoded, decoded=False) == candidates("int8_linear", capability, bucket, N, K)[0]
+        assert tuple(others) == in_registers((decoded, *others)) == candidates("int4_linear", capability, 2048, N, K)
+    for bucket, N, K in ((2048, 9216, 3072), (8192, 9216, 3072 + 16), (8192, 9216 + 8, 3072), (8192, 64, 100)):
+        tiles = candidates("int4_linear", capability, bucket, N, K)
+        assert in_registers(tiles) == tiles
+    assert not any(tile.decoded for tile in candidates("int8_linear", capability, 8192, 9216, 3072))
