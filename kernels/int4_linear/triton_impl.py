@@ -174,6 +174,7 @@ def kernel(
     store: bool,
 ) -> Launcher:
     capability = capability_of(device)
+    options = launch_options(tile, K, rank, groups, capability)
     return launcher(
         int4_linear_kernel,
         capability,
@@ -181,10 +182,10 @@ def kernel(
         LEVEL_ALIGNMENT=math.gcd(K // group, 16),
         TRANSPOSED=transposed,
         PERMUTE=capability > 0,
-        AHEAD=tile.ahead and K % (tile.block_k * tile.dots) == 0,
+        AHEAD=tile.ahead and options["EVEN_K"],
         DESCRIPTORS=descriptors,
         STORE=store,
-        **launch_options(tile, K, rank, groups, capability),
+        **options,
     )
 
 

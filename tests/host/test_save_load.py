@@ -1,6 +1,7 @@
 """Save Quantized DiT and Load Quantized DiT: the same bits in another process, small files, clear refusals."""
 
 import json
+import shutil
 import struct
 from math import prod
 
@@ -64,6 +65,13 @@ def test_a_copy_of_a_loaded_model_reads_the_file_again(host_server, presets):
     prompt = p.texts() | p.load("W8A8") | {"copy": p.node("DiTQuantTestRebuild", model=p.link("quantized"))}
     latents = host_server.latents(host_server.run(prompt | p.sample("copy", "of the copy")))
     assert torch.equal(latents["of the copy"], presets.latents["W8A8"])
+
+
+def test_a_name_that_a_loader_would_find_elsewhere_is_not_taken(host_server, presets):
+    """An artist moved the first file to models/diffusion_models, and saves the next one."""
+    shutil.copy(presets.file("W8A8"), host_server.models / "diffusion_models" / p.saved_name("moved"))
+    host_server.run(p.load("W4A8") | p.save("quantized", "moved"))
+    assert [path.name for path in presets.folder.glob("moved*")] == ["moved_00002_.safetensors"]
 
 
 def test_file_carries_its_recipe(presets):
