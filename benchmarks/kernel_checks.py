@@ -1,4 +1,4 @@
-"""The gate before any timing: every backend of every op against its reference, on small odd shapes."""
+"""The gate before any timing: every backend of every op against its reference, on small odd shapes and a large one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ QUANTIZER, ALONG, INT8, INT4 = OPS = ("quantize_activation", "quantize_along", "
 R = 3
 # M, K, N
 SHAPES = ((7, 256, 33), (63, 1088, 136))
+# on a GPU: the tiles for many tokens too, which are what is timed there
+LARGE = (2049, 3072, 8192)
 # of codes next to a tie, which another order of the rotation's sums may round the other way
 FEW = 1e-3
 
@@ -39,7 +41,7 @@ def check_all(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Checks:
     for op in OPS:
         for backend in backends(device):
             label, reasons = f"{op}, {backend}", []
-            runs = [(dtype, shape) for dtype in dtypes for shape in SHAPES]
+            runs = [(dtype, shape) for dtype in dtypes for shape in shapes(device)]
             taken = [run for run in runs if refusal(shape_of(op, device, *run), backend) is None]
             for dtype, shape in taken:
                 reasons.append(check(op, backend, device, dtype, shape))
@@ -50,6 +52,10 @@ def check_all(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Checks:
             else:
                 passed.add((op, backend))
     return Checks(frozenset(passed), refused, failed)
+
+
+def shapes(device: torch.device) -> tuple[tuple[int, int, int], ...]:
+    return (*SHAPES, LARGE) if device.type == "cuda" else SHAPES
 
 
 def backends(device: torch.device) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from dit_quant.kernels.int8_linear import torch_impl as int8_impl
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import torch_impl as quantizer_impl
 from dit_quant.kernels.quantize_along import torch_impl as along_impl
+from dit_quant.kernels.tiles import TILES, family_of, tile_for
 
 kernels, checks, layers, shapes, timing = (
     load(name) for name in ("kernels", "kernel_checks", "kernel_layers", "kernel_shapes", "kernel_timing")
@@ -114,6 +115,14 @@ def test_an_op_that_raises_is_a_failure(replace):
     assert "no such instruction" in found.failed["int8_linear, torch"]
     assert not found.allows("int8_linear", "torch")
     assert found.allows("int4_linear", "torch")
+
+
+def test_gpus_are_checked_with_the_tiles_that_are_timed():
+    M, K, N = checks.shapes(torch.device("cuda"))[-1]
+    assert tile_for("int4_linear", 90, M, N, K).decoded
+    for capability in (80, 86, 89, 90, 100, 120):
+        assert tile_for("int8_linear", capability, M, N, K) == TILES["int8_linear", family_of(capability)][0]
+    assert set(checks.shapes(CPU)) < set(checks.shapes(torch.device("cuda")))
 
 
 def test_a_rival_of_another_function_has_no_time(tiny, tmp_path, monkeypatch):
