@@ -1,5 +1,6 @@
 """Tiles of the Triton quantizers, from a count of registers and shared memory: whole rows of K columns."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -71,6 +72,36 @@ class Tile:
         return {"maxnreg": min(255, REGISTER_FILE // (32 * self.warps * self.programs_per_multiprocessor) // 8 * 8)}
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a quantizer's rows are, as `plans` takes them."""
+
+    K: int
+    order: int
+    tables: int
+    itemsize: int
+    prologue: str
+    directions: bool
+    capability: int
+    find: bool
+
+    @property
+    def inputs(self) -> int:
+        return 2 if self.prologue == "swiglu" else 1
+
+    @property
+    def light(self) -> bool:
+        """Only shifted and scaled."""
+        return self.order == 1 and self.prologue == "plain" and not self.directions
+
+    @property
+    def staged(self) -> bool:
+        """May come through shared memory. Other loads of the loop would too, odd rows are no 16-byte copies, and an
+        erf outlasts a load."""
+        passes = self.prologue not in ("layer", "rms", "gelu") and not self.directions
+        return passes and self.capability >= 80 and self.K % 16 == 0
+
+
 def plan(*row: Any, **more: Any) -> Tile | None:
     """The best of `plans` for such rows, or None."""
     return next(iter(plans(*row, **more)), None)
@@ -94,69 +125,83 @@ def plans(
     directions once. Fewest padded columns first, then the next tile's loads in flight, then at least 512 threads on a
     multiprocessor; rows that are only shifted and scaled get few threads with many columns each instead.
     """
+    row = Row(K, order, tables, itemsize, prologue, directions, capability, find)
     if (LONGEST_ROW if prologue == "plain" else LONGEST_FUSED_ROW) < K:
         return ()
     if K <= 256:
         width = max(16, order, 1 << (K - 1).bit_length())
         registers = 96 + 32 * find
         return (Tile(4 * 32 * VECTOR // width, width, chunks=1, warps=4, prefetch=True, registers=registers),)
-    inputs = 2 if prologue == "swiglu" else 1
-    # other loads of the loop would go through shared memory too; odd rows are no 16-byte copies; erf outlasts a load
-    staged = capability >= 80 and not directions and prologue not in ("layer", "rms", "gelu") and K % 16 == 0
-    costs: dict[Tile, float] = {}
-    gelu = prologue == "gelu"
-    fetching = (False,) if gelu else (False, True) if staged else (True, False)
-    holding = (True, False) if (find or gelu) and tables == 2 else (True,)
-    together = (1, 2) if find and order > 1 else (1,)
-    light = order == 1 and prologue == "plain" and not directions
+    costs = {tile: cost(row, tile) for tile in tiles_of(row)}
+    return tuple(sorted(costs, key=lambda tile: costs[tile]))
+
+
+def tiles_of(row: Row) -> Iterator[Tile]:
+    """Of rows of more than 256 columns, those that their registers hold."""
+    fetching = (False,) if row.prologue == "gelu" else (False, True) if row.staged else (True, False)
+    holding = (True, False) if (row.find or row.prologue == "gelu") and row.tables == 2 else (True,)
+    together = (1, 2) if row.find and row.order > 1 else (1,)
     for width, prefetch, hold, rows in product((256, 512, 1024, 2048, 4096), fetching, holding, together):
-        fewest = 1 if light and staged and not prefetch else 4
-        chunks, warps = ceil(K / width), max(fewest, width // (32 * VECTOR))
+        fewest = 1 if row.light and row.staged and not prefetch else 4
+        chunks, warps = ceil(row.K / width), max(fewest, width // (32 * VECTOR))
         # of fewer columns a thread would share little, and more of two rows spill on one card or another
         if rows == 2 and not (chunks == 3 and prefetch and hold):
             continue
-        # the row in fp32, the tables, the coming tile, and what was read off the compiled kernels
-        columns = VECTOR * chunks
-        registers = columns * (rows + tables - (not hold)) + 32 + 24 * (staged and tables == 0)
-        registers += 8 * gelu + 16 * (gelu and not hold)
-        if directions:
-            # compute capability 10 multiplies in pairs, which have to lie side by side
-            registers += 16 + columns // 4 + 8 * (capability // 10 == 10 and columns > 24)
-        if find:
-            registers += VECTOR + 8 * (width * chunks > K)
-            if width < 32 * VECTOR * warps:
-                # rows side by side in a program; a shift held for many columns of them passes through shared memory
-                registers += 16 + 16 * (columns > 24)
-            # the widest rows on any compute capability but 9
-            registers += 16 * (capability // 10 in (8, 10, 12) and columns > 48)
-            # ptxas finds these for 16 warps, except on compute capability 12
-            registers -= 8 * (warps == 16 and columns == 32 and capability // 10 != 12)
-            registers += 24 * (itemsize == 4 and columns > 56)
-            # rows at any address: a mask and an address for every few columns
-            registers += 80 * (K % 16 > 0)
-        registers += columns * itemsize * inputs * rows // 4 if prefetch else 8 * (itemsize == 4)
-        if registers > min(REGISTER_FILE // (32 * warps), 232 if find else 196):
+        registers = registers_of(row, width, chunks, warps, prefetch, hold, rows)
+        if registers > min(REGISTER_FILE // (32 * warps), 232 if row.find else 196):
             continue
         tile = Tile(rows * warps * 32 * VECTOR // width, width, chunks, warps, prefetch, max(64, registers), hold)
         # of rows side by side Triton would spread each over all warps: more sums between them, more barriers
-        if staged and not prefetch and tile.rows == 1:
-            tile = staging(tile, itemsize * inputs, capability)
-        if find:
-            # sums over a row want registers more than they want warps, another program for the time they take, and many
-            # columns to share it: 150 instructions a tile beside 46 an entry
-            idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
-            crowded = 0.01 * idle + 0.05 * (tile.programs_per_multiprocessor == 1) + 3.3 / columns
-        elif light:
-            # 9 instructions an entry and 146 a tile: its range, scale, addresses. One tile ahead keeps no memory busy
-            crowded = 17 / columns + 0.1 * prefetch
-        else:
-            crowded = 0.1 * (registers > 128)
-        waiting = 0.1 * (not prefetch and tile.stages == 1)
-        # the sums of 16 warps, which a rotation outlasts
-        wide = (0.12 if order == 1 and prologue == "plain" else 0.01) * (warps > 8)
-        # of 52 instructions an entry 4 to 5 are shared with the other row: conversions of directions, and loads
-        costs[tile] = width * chunks * (1 + waiting + 0.05 * (not hold) + crowded + wide - 0.09 * (rows == 2))
-    return tuple(sorted(costs, key=lambda tile: costs[tile]))
+        if row.staged and not prefetch and tile.rows == 1:
+            tile = staging(tile, row.itemsize * row.inputs, row.capability)
+        yield tile
+
+
+def registers_of(row: Row, width: int, chunks: int, warps: int, prefetch: bool, hold: bool, rows: int) -> int:
+    """Of a thread: its part of a row in fp32, the tables, the coming tile, and what was read off the compiled kernels.
+    rows: how many it holds the same columns of."""
+    columns, family = VECTOR * chunks, row.capability // 10
+    registers = columns * (rows + row.tables - (not hold)) + 32 + 24 * (row.staged and row.tables == 0)
+    if row.prologue == "gelu":
+        registers += 8 + 16 * (not hold)
+    if row.directions:
+        # compute capability 10 multiplies in pairs, which have to lie side by side
+        registers += 16 + columns // 4 + 8 * (family == 10 and columns > 24)
+    if row.find:
+        registers += VECTOR + 8 * (width * chunks > row.K)
+        if width < 32 * VECTOR * warps:
+            # rows side by side in a program; a shift held for many columns of them passes through shared memory
+            registers += 16 + 16 * (columns > 24)
+        # the widest rows on any compute capability but 9
+        registers += 16 * (family in (8, 10, 12) and columns > 48)
+        # ptxas finds these for 16 warps, except on compute capability 12
+        registers -= 8 * (warps == 16 and columns == 32 and family != 12)
+        registers += 24 * (row.itemsize == 4 and columns > 56)
+        # rows at any address: a mask and an address for every few columns
+        registers += 80 * (row.K % 16 > 0)
+    coming = columns * row.itemsize * row.inputs * rows // 4
+    return registers + (coming if prefetch else 8 * (row.itemsize == 4))
+
+
+def cost(row: Row, tile: Tile) -> float:
+    """What a tile takes, in columns that it computes. The fractions are what was measured on an H200, or counted."""
+    columns, warps = VECTOR * tile.chunks, tile.warps
+    if row.find:
+        # sums over a row want registers more than they want warps, another program for the time they take, and many
+        # columns to share it: 150 instructions a tile beside 46 an entry
+        idle = 16 - min(16, tile.programs_per_multiprocessor * warps)
+        crowded = 0.01 * idle + 0.05 * (tile.programs_per_multiprocessor == 1) + 3.3 / columns
+    elif row.light:
+        # 9 instructions an entry and 146 a tile: its range, scale, addresses. One tile ahead keeps no memory busy
+        crowded = 17 / columns + 0.1 * tile.prefetch
+    else:
+        crowded = 0.1 * (tile.registers > 128)
+    waiting = 0.1 * (not tile.prefetch and tile.stages == 1)
+    # the sums of 16 warps, which a rotation outlasts
+    wide = (0.12 if row.order == 1 and row.prologue == "plain" else 0.01) * (warps > 8)
+    # of 52 instructions an entry 4 to 5 are shared with the other row: conversions of directions, and loads
+    shared = 0.09 * (tile.rows * tile.width == 2 * 32 * VECTOR * warps)
+    return tile.width * tile.chunks * (1 + waiting + 0.05 * (not tile.hold_shift) + crowded + wide - shared)
 
 
 def staging(tile: Tile, itemsize: int, capability: int) -> Tile:
