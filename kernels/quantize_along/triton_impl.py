@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..directions import MOST
+from ..directions_triton import direction, neighbours, plus_products, row_sums, store_coordinates
 from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..quantize_activation.triton_impl import quantize_activation, refusal
 from ..quantize_rows import contiguous, launch
-from ..quantize_rows_triton import direction, neighbours, plus_products, row_sums, store_coordinates
 from ..quantizing_triton import table_row
 from ..row_tiles import finds
 from ..triton_device import capability_of, selected
