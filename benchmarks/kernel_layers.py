@@ -14,7 +14,7 @@ from dit_quant.quant_core.reparam import fold_linear
 from dit_quant.quant_core.rounding import round_weight
 from dit_quant.quant_core.schemes import PRESETS, QuantScheme, Rounding, group_size_for, hadamard_for
 from kernel_checks import ALONG, INT4, INT8, QUANTIZER, Checks, backends, refusal
-from kernel_shapes import Layer
+from kernel_shapes import COPY, Layer
 from kernel_timing import Roofline
 from rivals import KITCHEN, KitchenLinear
 from torch import Tensor, nn
@@ -112,6 +112,8 @@ def quantized(problem: Problem, scheme: QuantScheme) -> QuantizedLinear:
 def contenders(problem: Problem, checks: Checks, roofline: Roofline) -> tuple[dict[str, Contender], dict[str, str]]:
     """Name -> contender, and name -> why it is absent."""
     found, absent = full_precision(problem, roofline), {}
+    if problem.device.type == "cuda":
+        found[COPY] = copy(problem)
     for name in RIVALS:
         try:
             found[name] = rival(problem, name)
@@ -160,6 +162,14 @@ def full_precision(problem: Problem, roofline: Roofline) -> dict[str, Contender]
             largest_error=0.05,
         )
     return found
+
+
+def copy(problem: Problem) -> Contender:
+    """As many bytes read and written as a quantizer reads of x and writes of codes: with few tokens that takes a card
+    longer than its rate of copying large tensors says."""
+    source = torch.zeros((problem.x.nbytes + problem.x.numel()) // 2, dtype=torch.uint8, device=problem.device)
+    target = torch.empty_like(source)
+    return Contender(lambda: target.copy_(source))
 
 
 def eager_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear layers of published DiTs, and the numbers of tokens at which they are timed."""
+"""The linear layers of published DiTs, the numbers of tokens at which they are timed, and beside what."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,8 @@ CPU_TOKENS = (1024, 4096)
 CUDA_TOKENS = (256, 1024, 4096, 16384, 32768)
 # a CPU runs small models only
 CPU_WIDTHS = (1152, 4608)
+# on a GPU: how fast a quantizer could be
+COPY = "copy of the bytes that a quantizer moves"
 
 
 @dataclass(frozen=True)

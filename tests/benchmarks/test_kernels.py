@@ -125,6 +125,12 @@ def test_gpus_are_checked_with_the_tiles_that_are_timed():
     assert set(checks.shapes(CPU)) < set(checks.shapes(torch.device("cuda")))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_copy_moves_as_many_bytes_as_a_quantizer(dtype):
+    problem = layers.Problem.random(TINY, 20, dtype, CPU)
+    assert 2 * layers.copy(problem).run().nbytes == problem.x.nbytes + problem.x.numel()
+
+
 def test_a_rival_of_another_function_has_no_time(tiny, tmp_path, monkeypatch):
     wrong = layers.Contender(lambda: torch.zeros(20, 96), largest_error=0.05)
     monkeypatch.setattr(layers, "rival", lambda problem, name: wrong)

@@ -2,7 +2,7 @@
 
 from benchmark_scripts import load
 
-(publish_speed,) = (load(name) for name in ("publish_speed",))
+publish_speed, shapes = (load(name) for name in ("publish_speed", "kernel_shapes"))
 
 
 def row(K, N, M, **milliseconds):
@@ -32,6 +32,13 @@ def test_summary_of_a_gpu():
     assert "of 2 with K and N of 3072" in lines[-1]
     assert "NVIDIA X; torch 2, comfy-kitchen 0.2." in lines[-1]
     assert "copying memory: W8A8 50% to 50%." in lines[-1]
+    copied = {
+        **result,
+        "rows": [r | {"timed": r["timed"] | row(1, 1, 1, **{shapes.COPY: 0.4})["timed"]} for r in result["rows"]],
+    }
+    last = publish_speed.summary_table(copied).splitlines()[-1]
+    assert "copying as many bytes: W8A8 80% to 80%." in last
+    assert last.endswith(f"would be {6 / 12.4:.2f}x to {3 / 1.4:.2f}x bf16 F.linear.")
     # the second layer's product is 12 times the first's, which is the faster one: 12 ms, and 1.6384 ms to copy
     assert "77 TOPS" in lines[-1]
     assert lines[-1].endswith(f"would be {6 / 13.6384:.2f}x to {3 / 1.4096:.2f}x bf16 F.linear.")
