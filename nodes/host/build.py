@@ -69,7 +69,6 @@ def build_model(
     if patcher is None:
         raise CannotBuild("the host does not recognise this model; its ComfyUI may be too old for the family")
     attach_state(patcher, expected=len(names), backend=backend)
-    patcher.cached_patcher_init = (build_model, (state, metadata, dtype, backend))
     return patcher
 
 

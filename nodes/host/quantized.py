@@ -16,7 +16,7 @@ from ...quant_core.schemes import QuantScheme
 from .attached import refuse_bypass, refuse_copies, refuse_hook_loras
 from .build import FLOATS, KEY, build_model, select_group
 from .detection import detection_metadata, difference
-from .weights import float_state, full_state, is_quantized, select, smallest_exact, weight_loaders
+from .weights import float_state, full_state, is_quantized, quantized_state, select, smallest_exact, weight_loaders
 
 # a file holds the workflow that made it
 WORKFLOW_BYTES = 2**16
@@ -69,10 +69,35 @@ def quantize(
     report = report if plan is None else plan.report(report)
     dtype = compute_dtype(patcher)
     state = full_state(rounded, float_state(patcher, set(rounded), dtype))
-    built = build_model(state, detection_metadata(patcher, state), dtype, backend)
+    metadata = detection_metadata(patcher, state)
+    built = build_model(state, metadata, dtype, backend)
     if wrong := difference(patcher, built):
         raise CannotQuantize(f"the host reads {wrong} off the quantized tensors; skip the layers that hold this shape")
-    return carry_over(patcher, built), report
+    result = carry_over(patcher, built)
+    if result.is_dynamic():
+        # the host streams weights out of these very tensors
+        result.cached_patcher_init = (build_model, (state, metadata, dtype, backend))
+    else:
+        # it moves the model, and would leave them behind
+        result.cached_patcher_init = (build_again, (built, metadata, dtype, backend))
+    return result, report
+
+
+def build_again(
+    built: ModelPatcher,
+    metadata: dict[str, str],
+    dtype: torch.dtype,
+    backend: str,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """Another model like that of `built`, a MODEL without patches, in tensors of its own: for copies that the host
+    makes. What other clones have patched into it by now is left out."""
+    layers = quantized_state(built)
+    state = full_state(layers, float_state(built, set(layers), dtype))
+    del layers
+    for name in state:
+        state[name] = state[name].clone()
+    return build_model(state, metadata, dtype, backend, disable_dynamic)
 
 
 def fit(
@@ -110,7 +135,6 @@ def carry_over(source: ModelPatcher, built: ModelPatcher) -> ModelPatcher:
     # a parent is what the host falls back to when a clone dies: the float model must not be it
     result.parent = None
     result.size = 0
-    result.cached_patcher_init = built.cached_patcher_init
     refuse_hook_loras(result)
     result.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     result.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, select_group)

@@ -1,5 +1,6 @@
 """Nodes that only the host tests use; conftest copies this file into custom_nodes before the server starts."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import comfy.supported_models
 import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
+from torch.multiprocessing.reductions import StorageWeakRef
 
 TINY_UNET = {
     "image_size": 32,
@@ -111,6 +113,30 @@ class Rebuild:
         return (clone,)
 
 
+class Moved:
+    """Does to a quantized MODEL's weights what moving it to a GPU does: others take their place. Raises where that
+    frees nothing."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "move"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def move(self, model):
+        layers = [m for m in model.model.diffusion_model.modules() if hasattr(getattr(m, "weight", None), "_qdata")]
+        before = [StorageWeakRef(m.weight._qdata.untyped_storage()) for m in layers]
+        for m in layers:
+            m.weight = torch.nn.Parameter(m.weight.clone(), requires_grad=False)
+        gc.collect()
+        kept = sum(not codes.expired() for codes in before)
+        if not layers or kept:
+            raise RuntimeError(f"{kept} of {len(layers)} weights are still in memory")
+        return (model,)
+
+
 class NoGradient:
     """A MODEL with a block that refuses to run under autograd, or computes something else there."""
 
@@ -195,6 +221,7 @@ NODE_CLASS_MAPPINGS = {
     "DiTQuantTestWishes": Wishes,
     "DiTQuantTestAgain": Again,
     "DiTQuantTestRebuild": Rebuild,
+    "DiTQuantTestMoved": Moved,
     "DiTQuantTestNoGradient": NoGradient,
     "DiTQuantTestScaled": Scaled,
     "DiTQuantTestLatent": Latent,

@@ -70,6 +70,25 @@ def test_copy_from_the_factory_is_the_same_model(patched, name, original):
     assert torch.equal(patched[name], patched[original])
 
 
+def test_a_copy_has_nothing_of_what_is_patched_into_the_model(host_server, lora, patched):
+    """The LoRA's clone was sampled last, so that the host has its weights in place of the model's."""
+    prompt = p.BASE | p.calibrate(**p.NO_COVARIANCE) | p.group() | p.quantize()
+    host_server.run(prompt | p.lora(lora, "quantized", "live LoRA") | p.sample("live LoRA", "patched in", seed=5))
+    latents = host_server.latents(
+        host_server.run(prompt | {"rebuilt": REBUILT["rebuilt"]} | p.sample("rebuilt", "clean"))
+    )
+    assert torch.equal(latents["clean"], patched["quantized"])
+
+
+def test_weights_that_were_moved_are_not_kept(host_server):
+    """Quantize DiT holds on to no second copy of the model, and copies are made from where the weights are now."""
+    prompt = p.BASE | p.quantize("rtn_w8a8", calibration=None, group_size=32)
+    prompt |= {"moved": p.node("DiTQuantTestMoved", model=p.link("quantized"))}
+    prompt |= {"copy": p.node("DiTQuantTestRebuild", model=p.link("moved"))}
+    latents = host_server.latents(host_server.run(prompt | p.sample("moved", "here") | p.sample("copy", "there")))
+    assert torch.equal(latents["here"], latents["there"])
+
+
 def test_lora_without_strength_changes_nothing(patched):
     assert torch.equal(patched["no strength"], patched["quantized"])
 
