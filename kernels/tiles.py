@@ -130,9 +130,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("int4_linear", 100): TRANSPOSED_INT4,
     ("int4_linear", 120): AMPERE_INT4,
 }
-# int4_linear, buckets of M: decoding in the main loop takes longer than decoding the whole weight once, for a while in
-# memory, where it has so many entries. Measured on an H200: the main loop takes 1.17 to 1.34 times int8_linear's, and a
-# weight of any size some microseconds. Other families offer it to autotune.py, as of the smallest of these buckets.
+# int4_linear, by bucket of M: a weight of so many entries is decoded as a whole, to memory that is given back behind
+# the product. Measured on an H200 from there on: decoding in the main loop makes it 1.17 to 1.35 times as long as
+# int8_linear's. Other families offer this to autotune.py alone, for as many tokens.
 DECODED_FROM: dict[int, dict[int, int]] = {90: {4096: 24_000_000, 8192: 9_000_000}}
 DECODED_BUCKET = 4096
 # K not divisible by 16 is loaded byte by byte: small enough that its addresses fit in registers
