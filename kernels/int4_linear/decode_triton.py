@@ -110,6 +110,12 @@ def level_pointers(levels_ptr, first, rows, stride, BLOCK_K: tl.constexpr, GROUP
 
 
 @triton.jit
+def levels_before(k, GROUP: tl.constexpr):
+    """How many of what `level_pointers` point to belong to the first k columns of a row, a multiple of 32."""
+    return k // (GROUP if GROUP > 16 else 32)
+
+
+@triton.jit
 def levels_of(loaded, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
     """What lies at `level_pointers` -> levels [BLOCK_N, BLOCK_K / 32], at groups of 16 twice as many."""
     levels = loaded.to(tl.int32)

@@ -1,4 +1,5 @@
-"""4-bit weights decoded to int8 in registers inside the main loop, then the int8 product on tensor cores."""
+"""4-bit weights decoded to int8, in registers inside the main loop or all of them before it, then the int8 product on
+tensor cores."""
 
 # Triton's decorators are beyond the type checker
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -19,7 +20,7 @@ from ..linear_launch import aligned, epilogue_operands, groups_of, launch_option
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
 from ..tiles import Tile, bucket_of, candidates, family_of, in_registers, programs
 from ..triton_device import capability_of
-from .decode_triton import decode_tile, level_pointers, levels_of
+from .decode_triton import decode_tile, level_pointers, levels_before, levels_of
 from .whole_triton import decode
 
 GROUP_SIZES = (16, 32, 64, 128)
@@ -130,7 +131,7 @@ def int4_linear_kernel(
             if AHEAD:
                 following = tl.multiple_of(tl.minimum(k + BLOCK_K, K - BLOCK_K), BLOCK_K)
                 words = tl.load(w_ptr + following // 8 + offs_w)
-                fours = tl.load(fours_ptr + following // (GROUP if GROUP > 16 else 32))
+                fours = tl.load(fours_ptr + levels_before(following, GROUP))
             else:
                 w_ptr += WORDS
             left, right = (w, a.T) if TRANSPOSED else (a, w.T)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launcher import Launcher, launcher
 from ..tiles import EVEN_N
 from ..triton_device import capability_of
-from .decode_triton import decode_tile, level_pointers, levels_of
+from .decode_triton import decode_tile, level_pointers, levels_before, levels_of
 
 WIDEST = 512
 
@@ -32,7 +32,7 @@ def decode_weight(
     w_ptr += first_n * stride_w + first_k // 8
     words = tl.load(w_ptr + rows[:, None] * stride_w + tl.arange(0, BLOCK_K // 8)[None, :])
     fours_ptr = level_pointers(levels_ptr, first_n, rows, K // GROUP, BLOCK_K, GROUP)
-    levels = levels_of(tl.load(fours_ptr + first_k // (GROUP if GROUP > 16 else 32)), BLOCK_N, BLOCK_K, GROUP)
+    levels = levels_of(tl.load(fours_ptr + levels_before(first_k, GROUP)), BLOCK_N, BLOCK_K, GROUP)
     codes = decode_tile(words, levels, table_ptr, BLOCK_N, BLOCK_K, PERMUTE, False)
     codes_ptr += first_n * K + first_k
     tl.store(codes_ptr + rows[:, None] * K + columns[None, :], codes)
