@@ -75,9 +75,12 @@ def tuned_tile(
 
 
 def key_of(op: str, device: torch.device, capability: int, M: int, N: int, K: int, flags: tuple) -> str:
-    """What a choice depends on; the same for every M of a bucket."""
+    """What a choice depends on; the same for every M of a bucket. What another Triton makes of a tile may not fit."""
+    from .version_triton import VERSION as TRITON
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{op} | {name} | {capability} | M<={bucket_of(M)} N={N} K={K} | {' '.join(str(flag) for flag in flags)}"
+    shape = f"M<={bucket_of(M)} N={N} K={K}"
+    return f"{op} | {name} | {capability} | triton {TRITON} | {shape} | {' '.join(str(flag) for flag in flags)}"
 
 
 def fastest(key: str, options: tuple[Tile, ...], launch: Callable[[Tile], None], timer: Callable) -> Tile:

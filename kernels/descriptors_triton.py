@@ -1,25 +1,14 @@
 """What the copy engine of Hopper and later (TMA) needs to know of an operand. Imports triton."""
 
-from typing import Any
-
 from torch import Tensor
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.3: the same tiles without the copy engine
-    TensorDescriptor: Any = None
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import Tile
 
 
-def loads(tile: Tile) -> bool:
-    """Whether the copy engine loads the int8 operands."""
-    return tile.descriptors and TensorDescriptor is not None
-
-
 def stores(tile: Tile, y: Tensor) -> bool:
     """Whether the copy engine writes y [M, N], whose rows it wants 16 bytes apart."""
-    return tile.store and TensorDescriptor is not None and y.shape[1] * y.element_size() % 16 == 0
+    return tile.store and y.shape[1] * y.element_size() % 16 == 0
 
 
 def described(operand: Tensor, rows: int, columns: int, wanted: bool):

@@ -153,11 +153,9 @@ def _run_next(key: Key, broken: str, error: Exception, args: tuple, kwargs: dict
             _forget(key, known)
             raise first
         with _replacing:
-            failed = _failed.get(key, {})
-            # another thread may have met the same, and replaced it
-            if broken not in failed:
-                reason = f"failed at launch: {type(error).__name__}: {first_line(error)}"
-                _forget(key, failed | {broken: reason})
+            # another thread may have met the same: its reason stands, and a choice made before it must not
+            reason = f"failed at launch: {type(error).__name__}: {first_line(error)}"
+            _forget(key, {broken: reason, **_failed.get(key, {})})
             broken, function = _prepare(key)
             choice = _ran[key]
         try:

@@ -229,10 +229,10 @@ def normalise(
         if bias_ptr is not None:
             y = y + tl.load(bias_ptr + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if gamma_ptr is not None:
-            gamma = tl.load(gamma_ptr + sample[:, None] * gamma_stride + columns, mask=mask, other=0.0)
+            gamma = tl.load(gamma_ptr + sample.to(tl.int64)[:, None] * gamma_stride + columns, mask=mask, other=0.0)
             y = y * (1.0 + gamma.to(tl.float32))
         if beta_ptr is not None:
-            beta = tl.load(beta_ptr + sample[:, None] * beta_stride + columns, mask=mask, other=0.0)
+            beta = tl.load(beta_ptr + sample.to(tl.int64)[:, None] * beta_stride + columns, mask=mask, other=0.0)
             y = y + beta.to(tl.float32)
         out = out + (y,)
     return out

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -12,6 +13,9 @@ MIN_CAPABILITY = (8, 0)
 # the first one that takes tuples in which operands are absent; torch 2.8 comes with it
 OLDEST_TRITON = (3, 4)
 AS_IT_IS = nullcontext()
+NOT_INSTALLED = "triton is not installed; install triton-windows, in the version for your torch"
+if sys.platform != "win32":
+    NOT_INSTALLED = "triton is not installed; torch brings it on Linux: install torch again"
 
 
 def interpreted() -> bool:
@@ -47,7 +51,7 @@ def selected(device: torch.device) -> AbstractContextManager[object]:
 def device_refusal(device: torch.device) -> str | None:
     """None where Triton's integer kernels can run, else the reason in one line."""
     if not installed():
-        return "triton is not installed"
+        return NOT_INSTALLED
     if interpreted() and device.type == "cpu":
         return None
     if device.type != "cuda":

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..descriptors_triton import described, loads, stores
+from ..descriptors_triton import described, stores
 from ..int8_linear.triton_impl import multiply
 from ..int8_linear.triton_impl import refusal as int8_refusal
 from ..launcher import GROUP_POINTERS, Launcher, launcher
@@ -244,7 +244,7 @@ def int4_linear(
             return
         if tile.decoded:
             (tile, *_) = in_registers(candidates("int4_linear", capability_of(a.device), bucket_of(M), N, K))
-        descriptors, store = loads(tile), stores(tile, y)
+        descriptors, store = tile.descriptors, stores(tile, y)
         kernel(a.device, tile, K, group, rank_of(responses), T, transposed, descriptors, store)(
             programs(tile, M, N),
             described(a, tile.block_m, tile.block_k, descriptors),

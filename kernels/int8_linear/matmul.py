@@ -1,10 +1,18 @@
 """int8 x int8 -> int32, exact whatever the device has."""
 
+import logging
 from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ..backends import first_line
+from ..dispatch import cannot_launch
+
+log = logging.getLogger("dit_quant")
+# AMD's data-centre cards. On others hipBLASLt lacks the product, raises, or ends the process, so that none is tried
+HIP_PRODUCTS = ("gfx90a", "gfx94", "gfx95")
 
 # any sum of this many products of codes is an exact fp32 integer: 1024 * 127**2 < 2**24
 EXACT_COLUMNS = 1024
@@ -15,10 +23,28 @@ LEAST_COLUMNS = 8
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     """a [M, K] int8, w [N, K] int8 -> a wᵀ [M, N] int32, exact for K <= 2**17.
 
-    Padded to the sizes that the CUDA routine accepts (M > 16, K and N multiples of 8); zeros add nothing.
+    Padded to the sizes that the CUDA routine accepts (M > 16, K and N multiples of 8); zeros add nothing. Where that
+    routine cannot be launched, fp32 products take over, with a warning.
     """
     if not int_mm_is_exact(a.device):
         return float_product(a, w)
+    try:
+        return padded_product(a, w)
+    except RuntimeError as error:
+        if a.device.type == "cpu" or not cannot_launch(error):
+            raise
+        warn_once(a.device, first_line(error))
+        return float_product(a, w)
+
+
+@lru_cache(maxsize=16)
+def warn_once(device: torch.device, reason: str) -> None:
+    """A model has hundreds of layers."""
+    log.warning("torch has no int8 product on %s (%s); fp32 products run instead, which is slow", device, reason)
+
+
+def padded_product(a: Tensor, w: Tensor) -> Tensor:
+    """`int8_matmul` by torch._int_mm."""
     M, N, K = a.shape[0], w.shape[0], a.shape[1]
     pad_m, pad_n, pad_k = max(0, 32 - M), -N % 8, -K % 8
     if pad_m or pad_k:
@@ -33,10 +59,12 @@ def int_mm_is_exact(device: torch.device) -> bool:
     """Whether torch._int_mm can be had and adds without saturation.
 
     On x86 CPUs without VNNI, oneDNN adds pairs of products in 16 bits, which 127 * 127 overflows: tried once.
-    CUDA: cards before compute capability 7.5 have no int8 matrix product.
+    CUDA: cards before compute capability 7.5 have no int8 matrix product. HIP: see HIP_PRODUCTS.
     """
+    if device.type == "cuda" and torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(HIP_PRODUCTS)
     if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+        return torch.cuda.get_device_capability(device) >= (7, 5)
     if device.type != "cpu":
         return False
     ones = torch.ones(64, 64, dtype=torch.int8)

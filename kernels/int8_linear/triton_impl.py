@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..descriptors_triton import described, loads, stores
+from ..descriptors_triton import described, stores
 from ..launcher import GROUP_POINTERS, Launcher, launcher
 from ..linear_launch import aligned, epilogue_operands, groups_of, launch_options, rank_of, row_stride, run
 from ..linear_triton import epilogue_vectors, finish_tile, tile_position
@@ -143,7 +143,7 @@ def multiply(
     """One launch, on the current device: y [M, N] from `aligned` a [M, K] and w [N, K]. operands: of
     `epilogue_operands`; strides: of row scale and row zero."""
     (M, K), N = a.shape, w.shape[0]
-    descriptors, store = loads(tile), stores(tile, y)
+    descriptors, store = tile.descriptors, stores(tile, y)
     kernel(a.device, tile, K, rank, groups, descriptors, store)(
         programs(tile, M, N),
         described(a, tile.block_m, tile.block_k, descriptors),

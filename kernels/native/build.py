@@ -39,8 +39,9 @@ TIMEOUT = 120
 OPEN = 0o002
 
 
-def compiled(options: tuple[str, ...], machine: str) -> Path:
-    """The shared library, compiled unless the cache has it. machine: what it is compiled for, beside the options.
+def compiled(options: tuple[str, ...], machine: str, keep: bool = True) -> Path:
+    """The shared library, compiled unless the cache has it. machine: what it is compiled for, beside the options; keep:
+    in the user's cache, else in a folder that goes with the process.
 
     Raises RuntimeError with the compiler's first complaint, or when there is no compiler.
     """
@@ -48,7 +49,7 @@ def compiled(options: tuple[str, ...], machine: str) -> Path:
     for name in (*SOURCES, *HEADERS):
         digest.update((FOLDER / name).read_bytes())
     name = f"native-{digest.hexdigest()[:16]}"
-    folder, reason = cache_folder()
+    folder, reason = cache_folder() if keep else (user_cache(), "has one that cannot be loaded")
     if reason is None and (found := kept(folder, name)):
         return found
     if reason is not None or not os.access(folder, os.W_OK):

@@ -6,6 +6,9 @@ import threading
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from dit_quant.kernels import autotune, user_cache
 from dit_quant.kernels.tiles import TILES, bucket_of, candidates, tile_for
 
@@ -51,6 +54,16 @@ def tune(clock, M=4096, op="int8_linear", flags=(), **shape):
     key = autotune.key_of(op, CPU, 90, M, N, K, flags)
     usual = tile_for(op, 90, M, N, K)
     return autotune.tuned_tile(key, candidates(op, 90, bucket_of(M), N, K), usual, clock.launch, CPU, timer=clock)
+
+
+def test_another_triton_is_measured_anew(monkeypatch):
+    """What it makes of a tile may not fit the card."""
+    first, second = Clock(), Clock(fast=TILES["int8_linear", 90][1])
+    tune(first)
+    forget()
+    monkeypatch.setattr("dit_quant.kernels.version_triton.VERSION", "99.0")
+    assert tune(second) == second.fast
+    assert len(second.launched) == len(first.launched) > 1
 
 
 def test_off_unless_asked_for_at_the_call(monkeypatch):

@@ -225,6 +225,38 @@ def test_threads_whose_backend_fails_together_blame_only_that_one(fakes, monkeyp
         assert dispatch.plan(CUDA).refusals == (("triton", "failed at launch: RuntimeError: no kernel image"),)
 
 
+def test_a_choice_that_another_thread_made_before_the_failure_is_made_anew(fakes, monkeypatch):
+    """While the second thread was still being told that `triton` runs, the first saw it fail."""
+    first = threading.get_ident()
+    asked, failed = threading.Event(), threading.Event()
+    ran = []
+
+    def load(op, backend):
+        def function(*args, **kwargs):
+            ran.append(backend)
+            if backend == "triton":
+                raise RuntimeError("no kernel image")
+            return backend
+
+        def refusal(shape):
+            if backend == "triton" and threading.get_ident() != first:
+                asked.set()
+                assert failed.wait(10)
+
+        return Implementation(function, refusal)
+
+    monkeypatch.setattr(dispatch, "load", load)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(run, CUDA)
+        assert asked.wait(10)
+        assert run(CUDA) == "comfy_kitchen"
+        failed.set()
+        assert second.result(10) == "comfy_kitchen"
+    assert ran == ["triton", "comfy_kitchen"] * 2
+    assert run(CUDA) == "comfy_kitchen"
+    assert dispatch.plan(CUDA).refusals == (("triton", "failed at launch: RuntimeError: no kernel image"),)
+
+
 def test_what_ran_is_recorded_not_what_was_planned(fakes):
     dispatch.plan(CUDA)
     assert dispatch.recorded() == {}

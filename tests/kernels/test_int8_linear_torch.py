@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,49 @@ def test_the_reference_is_exact_on_a_cpu_that_saturates(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", None)
     a, w = torch.full((3, 100), 127, dtype=torch.int8), torch.full((5, 100), -127, dtype=torch.int8)
     assert (matmul.int8_matmul(a, w) == -100 * 127**2).all()
+
+
+@pytest.mark.parametrize(("arch", "tried"), [("gfx90a:sramecc+", True), ("gfx942", True), ("gfx1030", False)])
+def test_only_amd_cards_that_have_the_product_are_asked_for_it(arch, tried, monkeypatch):
+    """On others it raises, or ends the process."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    matmul.int_mm_is_exact.cache_clear()
+    assert matmul.int_mm_is_exact(torch.device("cuda", 0)) == tried
+    matmul.int_mm_is_exact.cache_clear()
+
+
+class ElsewhereThan(torch.Tensor):
+    """A CPU tensor that says it lies on a card."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_routine_that_cannot_be_launched_is_replaced_with_one_warning(monkeypatch, caplog):
+    def lacking(a, w):
+        raise RuntimeError("HIPBLAS_STATUS_NOT_SUPPORTED when calling hipblasLtMatmulAlgoGetHeuristic")
+
+    monkeypatch.setattr(matmul, "int_mm_is_exact", lambda device: True)
+    monkeypatch.setattr(matmul, "padded_product", lacking)
+    monkeypatch.setattr(matmul, "float_product", lambda a, w: "exact")
+    a = torch.zeros(3, 16, dtype=torch.int8).as_subclass(ElsewhereThan)
+    matmul.warn_once.cache_clear()
+    assert [matmul.int8_matmul(a, a) for _ in range(2)] == ["exact"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch has no int8 product on cuda:0 (HIPBLAS_STATUS_NOT_SUPPORTED when calling "
+        "hipblasLtMatmulAlgoGetHeuristic); fp32 products run instead, which is slow"
+    ]
+
+
+def test_an_error_of_an_earlier_kernel_is_not_hidden(monkeypatch):
+    def failing(a, w):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(matmul, "int_mm_is_exact", lambda device: True)
+    monkeypatch.setattr(matmul, "padded_product", failing)
+    a = torch.zeros(3, 16, dtype=torch.int8).as_subclass(ElsewhereThan)
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_EXECUTION_FAILED"):
+        matmul.int8_matmul(a, a)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -1,5 +1,6 @@
 """Compiling and loading the C sources: what is kept, what is refused, and how that is said."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -181,6 +182,22 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     monkeypatch.setattr(user_cache.tempfile, "gettempdir", lambda: str(tmp_path))
     assert isinstance(library.library(), library.Library)
     assert list(tmp_path.glob(f"dit_quant-{os.getuid()}/native-*.so"))
+
+
+@runs
+def test_a_home_where_nothing_may_be_executed(copies, monkeypatch, tmp_path, caplog):
+    real = ctypes.CDLL
+
+    def mounted_noexec(name, **options):
+        if name is not None and name.startswith(str(tmp_path)):
+            raise OSError("failed to map segment from shared object")
+        return real(name, **options)
+
+    monkeypatch.setattr(library.ctypes, "CDLL", mounted_noexec)
+    assert isinstance(library.library(), library.Library)
+    assert [Path(path).parent == tmp_path / "cache" for path in copies] == [True, False]
+    assert f"{tmp_path / 'cache'} has one that cannot be loaded" in caplog.text
+    assert not list((tmp_path / "cache").iterdir())
 
 
 @runs

@@ -59,7 +59,7 @@ def test_dynamic_ranges_are_bit_equal(M, K, rows, symmetric):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tables", [{"shift"}, {"smooth"}, {"shift", "smooth"}], ids="+".join)
+@pytest.mark.parametrize("tables", [("shift",), ("smooth",), ("shift", "smooth")], ids="+".join)
 @pytest.mark.parametrize(
     "ranges",
     [{}, {"symmetric": False}, {"static_scale": STATIC}, {"static_scale": STATIC, "static_zero": ZERO}],

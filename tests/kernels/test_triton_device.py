@@ -68,7 +68,8 @@ def test_the_device_is_changed_where_it_is_another_one(current, monkeypatch):
 
 def test_missing_triton_comes_first(machine):
     machine((7, 5), installed=False)
-    assert triton_device.device_refusal(CUDA) == "triton is not installed"
+    assert triton_device.device_refusal(CUDA) == triton_device.NOT_INSTALLED
+    assert triton_device.NOT_INSTALLED.startswith("triton is not installed; ")
 
 
 @pytest.mark.parametrize(
