@@ -70,11 +70,12 @@ class Collector:
         self._paused = False
 
     @torch.inference_mode(False)
-    def at(self, sigma: float) -> None:
-        """Announces the noise level of the coming model call; opens a bin for a new one."""
+    def at(self, sigma: float | None) -> None:
+        """Announces the noise level of the coming model call; opens a bin for a new one. None: layers that run now, for
+        instance once per prompt, belong to no call and are not recorded."""
         self.settle()
         self.sigma = sigma
-        if self.fixed or self._row(sigma) is not None:
+        if sigma is None or self.fixed or self._row(sigma) is not None:
             return
         if len(self.sigmas) < self.max_bins:
             self.sigmas.append(sigma)
@@ -182,7 +183,8 @@ class Collector:
 
         def hook(name: str):
             def before(module: nn.Module, args: tuple) -> None:
-                if not self._paused:
+                # sparse voxels come in a class of their own
+                if not self._paused and self.sigma is not None and isinstance(args[0], Tensor):
                     self.record(name, args[0])
 
             return before

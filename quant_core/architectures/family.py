@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+MODULATION = "modulation: one token per call, and sensitive"
+OUTSIDE = "outside the transformer blocks"
+
 
 class Role(Enum):
     """What produces a Linear's input, and so what can be folded into the producer."""
@@ -59,7 +62,7 @@ class Family:
         """Why a Linear stays in floating point, or None when it is to be rounded."""
         parts = self.split(name)
         if parts is None:
-            return "outside the transformer blocks"
+            return OUTSIDE
         return next((reason for pattern, reason in self.keep if re.search(pattern, parts[1])), None)
 
 

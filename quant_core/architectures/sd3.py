@@ -1,6 +1,6 @@
 """Stable Diffusion 3 / 3.5: two streams, modulation per block, joint attention."""
 
-from .family import Family, Role, Site
+from .family import MODULATION, Family, Role, Site
 
 
 def _stream(stream: str) -> tuple[Site, ...]:
@@ -27,5 +27,5 @@ SD3 = Family(
             values=("context_block.attn.qkv", "x_block.attn.qkv"),
         ),
     ),
-    keep=((r"adaLN_modulation", "modulation: one token per call, and sensitive"),),
+    keep=((r"adaLN_modulation", MODULATION),),
 )

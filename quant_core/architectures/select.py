@@ -3,20 +3,25 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from .family import Family, family_of
+from .family import MODULATION, OUTSIDE, Family, family_of
 from .sd3 import SD3
 from .wan import WAN
 
 FAMILIES: tuple[Family, ...] = (SD3, WAN)
 
 SMALLEST = 32
-UNET = re.compile(r"(^|\.)(input_blocks\.\d+\.0\.(in_layers|op)|down_blocks\.\d+\.resnets)\b")
+UNET = re.compile(r"(^|\.)(input_blocks\.\d+\.0\.(in_layers|op)|down_blocks\.\d+\.(resnets|\d+\.depthwise))\b")
 NUMBERED = re.compile(r"^(?P<stack>(?:[A-Za-z_]\w*\.)*?[A-Za-z_]\w*)\.\d+\.(?P<inner>.+)$")
-MODULATION = "modulation: one token per call, and sensitive"
 KEEP = (
     (r"(^|\.)(\w*mod(ulation|C|X|CX)?(_[xy])?|adaLN\w*|adaln\w*)(\.|$)", MODULATION),
-    (r"(^|\.)(norm\w*\.linear$|to_scale_shift_gate\.)", MODULATION),
-    (r"(embed|gate_logits|router)", "embedder, gate or router"),
+    (r"(^|\.)(\w*norm\w*\.linear$|to_scale_shift_gate\.|distilled_guidance_layer\.|param_generator$)", MODULATION),
+    (r"(embed|gate_logits|gate_modules|router|repo_layers)", "embedder, gate, router or position"),
+    (
+        r"(^|\.)(llm_adapter|token_refiner|txtfusion|caption_projection|projectors|visual|(lyric|timbre)_encoder"
+        r"|(de)?tokenizer)\.",
+        "reads the prompt or a reference, not the latent",
+    ),
+    (r"(^|\.)dec_net\.", "in place of a final layer"),
 )
 
 
@@ -55,5 +60,5 @@ def select_layers(
 
 def _generic_reason(name: str) -> str | None:
     if NUMBERED.match(name) is None:
-        return "outside the transformer blocks"
+        return OUTSIDE
     return next((reason for pattern, reason in KEEP if re.search(pattern, name)), None)

@@ -8,6 +8,7 @@ from dit_quant.quant_core.absorb import absorbing_sites
 from dit_quant.quant_core.architectures import FAMILIES, NotADiT, Role, family_of, select_layers
 from dit_quant.quant_core.architectures.sd3 import SD3
 from dit_quant.quant_core.architectures.wan import WAN
+from host_layers import NAMES
 from torch import nn
 
 
@@ -109,14 +110,32 @@ def test_modulation_of_any_model_is_kept(name):
     assert "modulation" in kept[name]
 
 
+# what tells the two families that are described from all others
+MARKERS = {"SD3": "joint_blocks.0.context_block.attn.qkv.weight"} | {
+    name: "head.modulation" for name in NAMES if name.startswith("Wan")
+}
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_of_every_model_the_blocks_are_rounded_and_what_steers_them_is_kept(model):
+    rounded, kept = NAMES[model]
+    shapes = dict.fromkeys([*rounded, *kept], (64, 64))
+    chosen, reasons, family = select_layers(shapes, [*(f"{n}.weight" for n in shapes), MARKERS.get(model, "x")])
+    assert (family is None) == (model not in MARKERS)
+    assert chosen == list(rounded)
+    assert set(reasons) == set(kept)
+
+
 @pytest.mark.parametrize("name", ["blocks.0.model.fc", "blocks.0.modern", "blocks.0.mode_x", "layers.1.mlp.scale_up"])
 def test_names_that_begin_alike_are_rounded(name):
     assert select_layers({name: (64, 64)}, [f"{name}.weight"])[0] == [name]
 
 
 def test_a_unet_and_a_model_without_blocks_are_refused():
-    with pytest.raises(NotADiT, match="UNet"):
-        select_layers({"blocks.0.fc": (64, 64)}, ["input_blocks.1.0.in_layers.2.weight"])
+    cascade = "down_blocks.0.0.depthwise.weight"
+    for name in ("input_blocks.1.0.in_layers.2.weight", "down_blocks.0.resnets.1.conv1.weight", cascade):
+        with pytest.raises(NotADiT, match="UNet"):
+            select_layers({"blocks.0.fc": (64, 64)}, [name])
     with pytest.raises(NotADiT, match="no DiT blocks"):
         select_layers({"head": (64, 64)}, ["head.weight"])
     with pytest.raises(NotADiT):

@@ -274,6 +274,32 @@ def test_a_paused_collector_records_nothing():
     assert collector.results()[1]["a"].count.tolist() == [2]
 
 
+def test_layers_that_run_between_calls_are_not_part_of_one():
+    """A text adapter of the model, which the host runs before sampling and again for the next prompt."""
+    layers = {"adapter": nn.Linear(4, 4), "block": nn.Linear(4, 4)}
+    collector = Collector(dict.fromkeys(layers, 4), flow=True, covariance=None)
+    with collector.attached(layers):
+        for _ in range(2):
+            layers["adapter"](torch.ones(3, 4))
+            collector.at(0.5)
+            layers["block"](torch.ones(2, 4))
+            collector.at(None)
+    _, found, silent = collector.results()
+    assert found["block"].count.tolist() == [4]
+    assert set(silent) == {"adapter"}
+
+
+def test_what_is_no_tensor_is_not_recorded():
+    """The voxels of 3D models, in a class of their own."""
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda voxels: voxels
+    collector = Collector({"a": 4}, flow=True, covariance=None)
+    collector.at(0.5)
+    with collector.attached({"a": layer}):
+        layer(object())
+    assert set(collector.results()[2]) == {"a"}
+
+
 def test_hooks_are_gone_after_an_exception():
     model = nn.Linear(7, 7)
     collector = Collector({"fc": 7}, flow=True, covariance=None)
