@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .covariance import scaled
+from .linear import HALF_MAX
 from .schemes import QuantScheme, Scale
 from .shift_scale import balanced_scale
 
@@ -21,7 +22,6 @@ SWEEPS = 12
 SPARE = 8
 # a narrower input is rounded as well without: fewer columns than this a direction
 LEAST_COLUMNS = 16
-HALF_MAX = 6.0e4
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A quantized Linear: what is stored, its integer forward, and its way back to the original weight."""
+"""A quantized Linear: what is stored, its integer forward, and the weight that it stands for."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,16 +8,12 @@ from torch import Tensor, nn
 
 from ..kernels import int4_linear, int8_linear, quantize_activation, quantize_along, whole_layer
 from ..kernels.backends import AUTO, BACKENDS
-from ..kernels.numerics import decode_int4, pack_int4, rotate
-from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
-from .reparam import fold_linear
+from ..kernels.numerics import decode_int4, rotate
 from .timesteps import SINGLE_GROUP, TimestepGroups, TimestepState
 
 # what a MODEL may ask to be multiplied by
 BACKEND_NAMES = (AUTO, *BACKENDS)
 HALF_MAX = 6.0e4
-# in steps: a searched grid clips by less than this, so more means that the weight left its grid
-OUTGROWN = 2.5
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,11 @@ def quant_linear(
 ) -> Tensor:
     """x [..., K] -> [..., N] in the dtype of x: y = Q_a((x - z - p V) / s H) Q_wᵀ + p (W V) + b + c.
 
-    Products of K in integers; p, the coordinates of a token along the layer's directions V, where it has any.
+    Products of K in integers; p, the coordinates of a token along the layer's directions V, where it has any. Where x
+    wants a gradient it gets that of the rounded weight.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        return StraightThrough.apply(x, w, bias, index, fraction, backend)
     group = {"index": index, "fraction": fraction, "backend": backend}
     y = whole_layer(x, w.qdata, **quantizer(w), directions=w.directions, **product(w, bias), **group)
     if y is not None:
@@ -119,6 +118,21 @@ def quant_linear(
         quantized = codes, scale, zero
     y = multiply(quantized, w, bias, index, fraction, x.dtype, backend, p)
     return y.reshape(*x.shape[:-1], w.features[0])
+
+
+class StraightThrough(torch.autograd.Function):
+    """`quant_linear` for an x that wants a gradient, as in guidance by gradients and in the training of a LoRA beside
+    the layer: rounding x passes it on as it is (Bengio et al., arXiv 1308.3432, section 4). Nothing else gets one."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, index, fraction, backend):
+        ctx.w = w
+        return quant_linear(x, w, bias, index, fraction, backend)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,) = grads
+        return (grad @ dequantize(ctx.w).to(grad.dtype), *[None] * 5)
 
 
 def quantizer(w: QuantizedLinear) -> dict[str, Any]:
@@ -177,68 +191,6 @@ def dequantize(w: QuantizedLinear) -> Tensor:
     """The rounded weight in the original basis [N, K], fp32: rotation and scale undone."""
     weight = rotate(folded_weight(w), w.hadamard)
     return weight if w.smooth is None else weight / w.smooth
-
-
-def requantize(weight: Tensor, like: QuantizedLinear, seed: int = 0) -> QuantizedLinear:
-    """`weight` [N, K] is dequantize(like) plus a change (a LoRA, a merge): the same layer with the change in it.
-
-    Keeps the shift, scale, rotation, directions and ranges of `like`, and the grid of every row that still fits it,
-    so that no change gives the same codes. Correction and responses gain (weight - old) z and (weight - old) V,
-    unrounded. A seed != 0 rounds stochastically: a change smaller than half a step then survives on average instead
-    of vanishing. Raises ValueError for a weight that is not finite.
-    """
-    old = folded_weight(like)
-    change = weight.float() - dequantize(like)
-    if not bool(torch.isfinite(change).all()):
-        raise ValueError("a LoRA or a merge puts NaN or infinity into a quantized weight; remove it")
-    scale = None if like.smooth is None else like.smooth.double()
-    delta = fold_linear(change, None, scale, like.hadamard).weight.float()
-    grid = grid_for(old + delta, like)
-    codes = encode(old, delta, grid, seed)
-    if isinstance(grid, Int8Grid):
-        stored = {"qdata": codes, "scale": grid.scale}
-        sums = codes
-    else:
-        stored = {"qdata": pack_int4(codes), "scale": grid.scale, "levels": grid.levels}
-        sums = decode_int4(stored["qdata"], stored["levels"])
-    if like.correction is not None and like.shift is not None:
-        correction = like.correction.double() + like.shift.double() @ change.double().T
-        fitting = half_if_it_fits(correction)
-        stored["correction"] = fitting.to(torch.promote_types(fitting.dtype, like.correction.dtype))
-    if like.responses is not None and like.directions is not None:
-        responses = like.responses.double() + like.directions.double() @ change.double().T
-        # past fp16's reach: 1e4 times what responses are
-        stored["responses"] = responses.clamp(-HALF_MAX, HALF_MAX).half()
-    if like.column_sum is not None:
-        stored["column_sum"] = column_sum(sums)
-    return replace(like, **stored)
-
-
-def grid_for(weight: Tensor, like: QuantizedLinear) -> Grid:
-    """The grid of `like`, with fresh rows where the folded weight [N, K] no longer fits it."""
-    if like.levels is None:
-        fresh = int8_grid(weight)
-        return Int8Grid(torch.where(fresh.scale > like.scale * 1.0001, fresh.scale, like.scale))
-    old = Int4Grid.unpack(like.scale, like.levels, like.group_size)
-    error = (old.decode(old.encode(weight, 0), 0) - weight).abs()
-    outgrown = (error > OUTGROWN * old.step(0, weight.shape[1])).any(dim=1, keepdim=True)
-    symmetric = bool((old.zero == 8).all())
-    fresh = int4_grid(weight, like.group_size, symmetric)
-    scale, multiplier, zero = (
-        torch.where(outgrown, getattr(fresh, name), getattr(old, name)) for name in ("scale", "multiplier", "zero")
-    )
-    return Int4Grid(scale, multiplier, zero, like.group_size)
-
-
-def encode(old: Tensor, delta: Tensor, grid: Grid, seed: int) -> Tensor:
-    """Codes of old + delta; where seed != 0, a weight that changed is rounded up or down by chance."""
-    nearest = grid.encode(old + delta, 0)
-    if seed == 0:
-        return nearest
-    generator = torch.Generator().manual_seed(seed & 0x7FFFFFFF)
-    noise = (torch.rand(old.shape, generator=generator) - 0.5).to(old.device)
-    chance = grid.encode(old + delta + noise * grid.step(0, old.shape[1]), 0)
-    return torch.where(delta.abs() > 1e-6 * old.abs().amax(dim=1, keepdim=True), chance, nearest)
 
 
 def column_sum(codes: Tensor) -> Tensor:
