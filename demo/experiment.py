@@ -81,7 +81,7 @@ def spread(names: list[str], count: int, use: str) -> list[str]:
     return [names[i * len(names) // count] for i in range(count)]
 
 
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def every_linear(model: nn.Module) -> dict[str, nn.Linear]:
     """Every Linear of the model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
@@ -161,7 +161,7 @@ def quantizable(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]
     if family is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise CannotQuantize(f"{type(model).__name__} belongs to no known DiT family; the pack knows {known}")
-    linears = block_linears(model)
+    linears = every_linear(model)
     features = {name: (module.out_features, module.in_features) for name, module in linears.items()}
     chosen, kept, _ = select_layers(features, model.state_dict())
     return {name: linears[name] for name in chosen}, kept

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .architectures.family import Family, Site
-from .reparam import fold_consumer, fold_modulation, fold_value, relative_difference
+from .metrics import relative_l2
+from .reparam import fold_consumer, fold_modulation, fold_value
 
 PROBES = 16
 TOLERANCE = 1e-10  # float64; 16 roundings of the stored dtype where that is coarser
@@ -117,8 +118,7 @@ def _fold(tensors: Mapping[str, Tensor], site: Site, z: Tensor, s: Tensor) -> di
 def _difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor], site: Site, z: Tensor, s: Tensor) -> float:
     """Largest relative difference of any consumer's output when the site runs on random inputs."""
     errors = [
-        relative_difference(old, new)
-        for old, new in zip(_run(before, site, len(z)), _run(after, site, len(z)), strict=True)
+        relative_l2(new, old) for old, new in zip(_run(before, site, len(z)), _run(after, site, len(z)), strict=True)
     ]
     return max(errors)
 

@@ -139,10 +139,12 @@ def check_layer(name: str, w: QuantizedLinear, features: tuple[int, int], declar
         check_values(f"{name}.{SUFFIXES[field]}", field, tensor)
     if w.hadamard not in HADAMARD_ORDERS or K % w.hadamard:
         raise DamagedFile(f"{name}: Hadamard blocks of {w.hadamard} do not fit K={K}")
-    if not w.symmetric and w.column_sum is None:
+    if w.column_sum is None and (w.static_zero is not None or not w.symmetric):
         raise DamagedFile(f"{name}: asymmetric activations need {name}.{SUFFIXES['column_sum']}")
     if w.static_zero is not None and w.static_scale is None:
         raise DamagedFile(f"{name}: fixed zero points need {name}.{SUFFIXES['static_scale']}")
+    if w.static_scale is not None and w.directions is not None:
+        raise DamagedFile(f"{name}: fixed ranges and directions do not go together; the file is damaged")
     if w.static_scale is not None and w.static_zero is None and not w.symmetric:
         raise DamagedFile(f"{name}: asymmetric fixed ranges need {name}.{SUFFIXES['static_zero']}")
     if w.shift is not None and w.correction is None:
@@ -155,7 +157,8 @@ def check_values(key: str, field: str, tensor: Tensor) -> None:
         raise DamagedFile(f"{key}: a weight group has multiplier 0; the file is damaged")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise DamagedFile(f"{key}: holds NaN or infinity; the file is damaged")
-    if field in POSITIVE and not bool((tensor > 0).all()):
+    # smaller ones have no finite reciprocal
+    if field in POSITIVE and not bool((tensor >= torch.finfo(torch.float32).tiny).all()):
         raise DamagedFile(f"{key}: holds {float(tensor.min()):g}, but scales are positive; the file is damaged")
 
 

@@ -24,8 +24,9 @@ from .grouping import (
     members,
 )
 from .linear import QuantizedLinear, QuantLinear, column_sum, dequantize, half_if_exact, half_if_it_fits
+from .metrics import relative_l2
 from .observers import LayerStatistics
-from .reparam import Folded, fold_linear, relative_difference
+from .reparam import Folded, fold_linear
 from .report import LayerReport, QuantReport, SkippedLayer, by_text
 from .rounding import RoundedWeight, round_weight
 from .schemes import Partition, QuantScheme, Rounding, Scale, Shift, StaticRange, group_size_for, hadamard_for
@@ -39,6 +40,10 @@ PAPER_ROLES = (Role.MODULATED, Role.ATTENTION)
 
 class CannotQuantize(ValueError):
     """The model or its calibration does not allow it; the message names the layer and the remedy."""
+
+
+class DamagedWeight(CannotQuantize):
+    """No reason to leave one layer out: the checkpoint is no good."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def quantize_weight(
     """
     N, K = weight.shape
     if not bool(torch.isfinite(weight).all()):
-        raise CannotQuantize(f"{name}: the weight holds NaN or infinity; the checkpoint is damaged")
+        raise DamagedWeight(f"{name}: the weight holds NaN or infinity; the checkpoint is damaged")
     group_size = K if scheme.weights.bits == 8 else group_size_for(K, scheme.weights.group_size)
     if group_size is None:
         raise CannotQuantize(f"{name}: K={K} is not divisible by any group size; skip this layer")
@@ -115,7 +120,7 @@ def quantize_weight(
         notes.append(f"K={K} is not divisible by group size {scheme.weights.group_size}; {group_size} was used")
     if hadamard != scheme.hadamard:
         notes.append(f"K={K} is not divisible by {scheme.hadamard}; Hadamard blocks of {hadamard}")
-    error = relative_difference(weight, dequantize(layer))
+    error = relative_l2(dequantize(layer), weight)
     report = LayerReport(
         name,
         (N, K),
@@ -271,9 +276,9 @@ def quantize_model(
             groups = layer_groups(name, own, calibration, shared[own])
             layers[name], report = quantize_weight(name, weight, plain, groups, source)
             reports.append(report)
+        except DamagedWeight:
+            raise
         except CannotQuantize as error:
-            if "NaN" in str(error):
-                raise
             skipped[name] = str(error).removeprefix(f"{name}: ")
         progress(done + 1, len(todo))
     if not weights:
@@ -284,6 +289,8 @@ def quantize_model(
         raise CannotQuantize(f"no layer of this model was quantized: {listed}")
     notes = (f"family {family.name}",) if family else ("unknown family: every Linear of the repeated blocks",)
     notes += _unguided(layers, of_layer, calibration)
+    if family is None and any(s.paper_roles for s in used):
+        notes += (f"{scheme.name} shifts and scales every layer here: which of them HTG leaves alone is not known",)
     if calibration is not None and calibration.grouping is not None and scheme.partition is Partition.PAPER:
         notes += (f"{scheme.name} forms groups of its own for every layer, as published: Group Timesteps is not used",)
     return layers, QuantReport(

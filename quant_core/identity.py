@@ -5,6 +5,7 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 from types import ModuleType
 
 import numpy as np
@@ -15,8 +16,8 @@ from .fingerprint import tensor_fingerprint
 
 # containers and objects within one another
 DEPTH = 8
-# parameters of a network that are looked at
-PARAMETERS = 64
+# tensors of a network that are looked at
+TENSORS = 64
 # what ComfyUI's ControlNets put down while they sample
 RUNTIME = ("cond_hint", "extra_concat", "timestep_range")
 # id of an object -> the object, and what it was when it was first described: many change while they are used
@@ -25,7 +26,8 @@ _known: dict[int, tuple[weakref.ref, object]] = {}
 
 def describe(value: object, depth: int = DEPTH) -> object:
     """JSON-able and the same for equal values: tensors and networks by fingerprint, functions with what they close
-    over, other objects with what they hold, as far as it can be read. An object is what it was when first seen."""
+    over and take by default, other objects with what they hold, as far as it can be read: nothing in slots, and under
+    names that begin with an underscore only numbers and text. An object is what it was when first seen."""
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device):
         return repr(value)
     if isinstance(value, torch.Tensor):
@@ -69,16 +71,17 @@ def of_object(value: object, depth: int) -> object:
     if callable(value) and hasattr(value, "__qualname__"):
         owner = getattr(value, "__self__", None)
         inside = [] if owner is None or isinstance(owner, ModuleType) else [owner]
-        return [name_of(value), *(describe(each, depth - 1) for each in (*inside, *closed_over(value)))]
+        held = *inside, *defaults(value), *closed_over(value)
+        return [name_of(value), *(describe(each, depth - 1) for each in held)]
     held = {
         name: each
         for name, each in getattr(value, "__dict__", {}).items()
-        if name not in RUNTIME and not name.startswith("_")
+        if name not in RUNTIME and (not name.startswith("_") or isinstance(each, bool | int | float | str))
     }
     described = describe(dict(sorted(held.items())), depth)
     if isinstance(value, nn.Module):
-        parameters = [of_tensor(each) for _, each in zip(range(PARAMETERS), value.parameters(), strict=False)]
-        return [name_of(type(value)), described, parameters]
+        tensors = islice(chain(value.parameters(), value.buffers()), TENSORS)
+        return [name_of(type(value)), described, [of_tensor(each) for each in tensors]]
     return [name_of(type(value)), described]
 
 
@@ -86,6 +89,13 @@ def of_tensor(value: torch.Tensor) -> object:
     if value.is_meta or value.layout is not torch.strided or not value.numel():
         return [list(value.shape), str(value.dtype)]
     return tensor_fingerprint(value)
+
+
+def defaults(function: Callable) -> list[object]:
+    """Of its arguments: what a loop or a node has bound, often."""
+    function = getattr(function, "__func__", function)
+    given = getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)
+    return [each for each in given if each]
 
 
 def closed_over(function: Callable) -> list[object]:

@@ -13,12 +13,6 @@ def relative_l2(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference).norm() / reference.norm().clamp(min=tiny))
 
 
-def sqnr_db(value: Tensor, reference: Tensor) -> float:
-    """Signal to quantization noise ratio in decibels; infinity for equal tensors."""
-    error = relative_l2(value, reference)
-    return math.inf if error == 0 else -20 * math.log10(error)
-
-
 def psnr_db(value: Tensor, reference: Tensor, peak: float = 1.0) -> float:
     """Peak signal to noise ratio of pictures in 0..peak, in decibels; infinity for equal pictures."""
     mse = float((value.double() - reference.double()).square().mean())

@@ -5,7 +5,6 @@ y = x Wᵀ + b = ((x - z) / s) (W diag(s))ᵀ + b + W z   (HTG eq. 5 and 6, in t
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kernels.numerics import rotate
@@ -57,9 +56,3 @@ def fold_consumer(weight: Tensor, bias: Tensor | None, z: Tensor, s: Tensor) -> 
     """The Linear whose producer was folded: W diag(s), b + W z."""
     correction = weight @ z
     return weight * s, correction if bias is None else bias + correction
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a| in L2, in float64."""
-    a, b = a.double(), b.double()
-    return float((a - b).norm() / a.norm().clamp(min=torch.finfo(torch.float64).tiny))

@@ -50,7 +50,8 @@ def shifted_maximum(statistics: LayerStatistics, rows: list[list[int]], shift: T
 def channel_scale(
     statistics: LayerStatistics, rows: list[list[int]], shift: Tensor | None, weight: Tensor, scheme: QuantScheme
 ) -> Tensor | None:
-    """s [K] float64, strictly positive, or None for none. Channels without range or weight keep s = 1."""
+    """s [K] float64, strictly positive, or None for none. Channels without range keep s = 1; without weight, too, but
+    for the balanced scale."""
     if scheme.scale is Scale.NONE:
         return None
     if scheme.scale is Scale.PAPER:
@@ -73,15 +74,17 @@ def balanced_scale(power: Tensor, weight: Tensor, strength: float) -> Tensor:
 
     After a rotation the rounding errors of x and of W spread evenly over the channels, and both are
     proportional to |x̃|^2 |W̃|^2 = (sum_k p_k / s_k^2) (sum_k s_k^2 |W_:k|^2); by Cauchy-Schwarz strength 1
-    minimizes it. Rounding with feedback (GPTQ) at 4 bits prefers less. Rounded to fp16, as it is stored.
+    minimizes it. Rounding with feedback (GPTQ) at 4 bits prefers less. A channel that no weight reads must not widen
+    the range of the others: it is scaled down as far as any. Rounded to fp16, as it is stored.
     """
     column = weight.double().square().sum(dim=0)
     usable = (power > 0) & (column > 0)
     if not bool(usable.any()):
         return torch.ones_like(power)
     scale = _root_of_ratio(power.sqrt(), column.sqrt())
-    scale = (scale / scale[usable].median()).clamp(1 / BALANCED_CAP, BALANCED_CAP) ** strength
-    return torch.where(usable, scale, torch.ones_like(scale)).half().double()
+    scale = (scale / scale[usable].median()).clamp(1 / BALANCED_CAP, BALANCED_CAP)
+    scale[(power > 0) & (column == 0)] = BALANCED_CAP
+    return torch.where(power > 0, scale**strength, torch.ones_like(scale)).half().double()
 
 
 def _root_of_ratio(reach: Tensor, weight: Tensor) -> Tensor:

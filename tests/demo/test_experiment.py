@@ -4,9 +4,9 @@ import pytest
 import torch
 from dit_quant.demo.experiment import (
     Sampling,
-    block_linears,
     calibrate,
     draw,
+    every_linear,
     prepare,
     quantizable,
     quantized_copy,
@@ -73,7 +73,7 @@ def test_timing_changes_nothing(tiny, table):
 
 def test_only_block_layers_are_rounded(tiny):
     found, kept = quantizable(tiny)
-    assert set(found) | set(kept) == set(block_linears(tiny))
+    assert set(found) | set(kept) == set(every_linear(tiny))
     assert not set(found) & set(kept)
     assert set(found) == {
         f"joint_blocks.{block}.{side}.{layer}"

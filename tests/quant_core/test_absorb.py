@@ -5,7 +5,8 @@ import torch
 from dit_quant.demo.emoji_dit import DiTConfig, EmojiDiT
 from dit_quant.quant_core.absorb import absorb, absorbing_sites
 from dit_quant.quant_core.architectures.sd3 import SD3
-from dit_quant.quant_core.reparam import fold_consumer, fold_value, relative_difference
+from dit_quant.quant_core.metrics import relative_l2
+from dit_quant.quant_core.reparam import fold_consumer, fold_value
 
 CONFIG = DiTConfig(depth=2, context_dim=32, pooled_dim=16)
 
@@ -35,7 +36,7 @@ def run(model, tensors):
 
 
 def difference(model, before, after):
-    return relative_difference(run(model, before), run(model, after))
+    return relative_l2(run(model, after), run(model, before))
 
 
 def test_every_absorbing_site_of_the_family_is_found(tensors):

@@ -216,14 +216,15 @@ def test_a_table_that_is_not_finite_is_refused_by_name(scheme, field, value):
         layer_from_tensors(NAME, tensors, (N, K))
 
 
-@pytest.mark.parametrize("value", [0.0, -0.5])
+@pytest.mark.parametrize("value", [0.0, -0.5, 1e-44])
 @pytest.mark.parametrize(("scheme", "field"), [case for case in TABLES if case[1] in POSITIVE])
 def test_a_scale_that_is_not_positive_is_refused_by_name(scheme, field, value):
+    """Or has no reciprocal."""
     tensors = layer_tensors(NAME, layer_of(SCHEMES[scheme]))
     key = f"{NAME}.{SUFFIXES[field]}"
-    tensors[key] = tensors[key].clone()
+    tensors[key] = tensors[key].float()
     tensors[key].view(-1)[0] = value
-    with pytest.raises(DamagedFile, match=f"{key}: holds {value:g}, but scales are positive"):
+    with pytest.raises(DamagedFile, match=f"{key}: holds {float(tensors[key].min()):g}, but scales are positive"):
         layer_from_tensors(NAME, tensors, (N, K))
 
 
@@ -233,6 +234,16 @@ def test_half_of_a_fixed_range_is_refused(lost, message):
     del tensors[f"{NAME}.{SUFFIXES[lost]}"]
     with pytest.raises(DamagedFile, match=message):
         layer_from_tensors(NAME, tensors, (N, K))
+
+
+def test_fixed_ranges_with_what_they_do_without_are_refused():
+    """Zero points without the column sums that they multiply; directions, with which the ranges would be ignored."""
+    static, along = layer_of(SCHEMES["htg_paper"]), layer_of(SCHEMES["directions"])
+    with pytest.raises(DamagedFile, match=r"need .*weight_column_sum"):
+        check_layer(NAME, replace(static, symmetric=True, column_sum=None), (N, K), "dit_quant_w8a8")
+    tables = {"directions": along.directions, "responses": along.responses}
+    with pytest.raises(DamagedFile, match="fixed ranges and directions"):
+        check_layer(NAME, replace(static, **tables), (N, K), "dit_quant_w8a8")
 
 
 def test_an_odd_width_does_not_pass_for_the_even_one_below():

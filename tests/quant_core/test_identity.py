@@ -20,6 +20,19 @@ def closure(scale, other=None):
     return patch
 
 
+def defaulting(scale, offset=0.0):
+    def patch(x, scale=scale, *, offset=offset):
+        return x * scale + offset
+
+    return patch
+
+
+def normed(mean):
+    layer = nn.BatchNorm1d(3, affine=False)
+    layer.running_mean.fill_(mean)
+    return layer
+
+
 def with_memory(momentum):
     average = torch.zeros(2)
 
@@ -48,6 +61,11 @@ def linear(seed, **changes):
     return layer
 
 
+class Private:
+    def __init__(self, strength):
+        self._strength, self._cache = strength, object()
+
+
 class Guider:
     def __init__(self, scale):
         self.scale = scale
@@ -70,12 +88,16 @@ DIFFERENT = {
     "closures": (closure(0.7), closure(0.3)),
     "closures within": (closure(1, closure(0.7)), closure(1, closure(0.3))),
     "functions with memory": (with_memory(0.5), with_memory(0.9)),
+    "defaults": (defaulting(0.7), defaulting(0.3)),
+    "defaults of keywords": (defaulting(1, 0.7), defaulting(1, 0.3)),
     "partials": (functools.partial(closure, 1), functools.partial(closure, 2)),
+    "private numbers": (Private(0.5), Private(1.5)),
     "callable objects": (Guider(1), Guider(2)),
     "methods": (Guider(1).method, Guider(2).method),
     "objects": (Net(1.0), Net(0.5)),
     "tensors of objects": (Net(hint=torch.zeros(3)), Net(hint=torch.ones(3))),
     "networks": (linear(1), linear(2)),
+    "buffers of networks": (normed(0.0), normed(1.0)),
     "networks of objects": (Net(model=linear(1)), Net(model=linear(2))),
     "settings of networks": (linear(1, multiplier=1.0), linear(1, multiplier=1000.0)),
     "chained objects": (Net(previous=Net(1.0)), Net(previous=Net(0.5))),
@@ -116,7 +138,9 @@ NOWHERE = torch.ones(3, device="meta")
 
 
 @pytest.mark.parametrize(
-    "value", [str.lower, torch.Tensor.add, "".join, len, NOWHERE, torch.eye(3).to_sparse(), object(), json], ids=str
+    "value",
+    [str.lower, torch.Tensor.add, "".join, len, NOWHERE, torch.eye(3).to_sparse(), object(), json],
+    ids=["descriptor", "torch's descriptor", "bound", "builtin", "meta", "sparse", "object", "module"],
 )
 def test_everything_has_a_description(value):
     json.dumps(describe({"a": value}))

@@ -124,12 +124,15 @@ def test_balanced_scale_undoes_planted_gains(found):
 
 
 def test_balanced_scale_is_capped_and_total():
-    power = torch.tensor([1.0, 1e12, 0.0, 1.0, 1.0], dtype=torch.float64)
-    W = torch.ones(1, 5)
-    W[:, 3] = 0
+    """Also where no weight reads a channel: the limit of ever smaller weights. Without range it does not matter."""
+    power = torch.tensor([1.0, 1e12, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    W = torch.ones(1, 6)
+    W[:, [3, 5]] = 0
     scale = balanced_scale(power, W, 1.0)
-    assert scale.tolist() == [1.0, BALANCED_CAP, 1.0, 1.0, 1.0]
-    assert balanced_scale(power, W, 0.0).tolist() == [1.0] * 5
+    assert scale.tolist() == [1.0, BALANCED_CAP, 1.0, BALANCED_CAP, 1.0, 1.0]
+    assert balanced_scale(power, W, 0.0).tolist() == [1.0] * 6
+    # nothing to compare with
+    assert balanced_scale(power, torch.zeros(1, 6), 1.0).tolist() == [1.0] * 6
 
 
 def test_input_power_is_that_of_the_raw_samples(found, raw):
