@@ -64,9 +64,14 @@ class CalibrateDiT(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt per line. 16 prompts like the ones you will use are enough; 64 are better.",
+                    tooltip="One prompt per line, like those you will use; 64 or more are best.",
                 ),
                 io.String.Input("sizes", default="1024x1024", tooltip="Sizes, taken in turn: 1024x1024, 768x1344"),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Sampled instead of `sizes`: the empty latent of a video, or of sound.",
+                ),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="As many steps as you will sample with."),
                 io.Float.Input(
                     "cfg", default=4.5, min=0.0, max=100.0, step=0.1, tooltip="The guidance you will sample with."
@@ -150,6 +155,7 @@ class CalibrateDiT(io.ComfyNode):
         clip=None,
         positive=None,
         negative=None,
+        latent=None,
     ) -> io.NodeOutput:
         conditions = prompt_list(clip, prompts, positive)
         if negative is None:
@@ -167,6 +173,7 @@ class CalibrateDiT(io.ComfyNode):
             passes,
             measure_sensitivity,
             measure_curvature,
+            latent,
         )
         bar = comfy.utils.ProgressBar(max(len(conditions), 1) * steps, node_id=cls.hidden.unique_id)
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)

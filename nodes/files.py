@@ -5,6 +5,7 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
@@ -51,12 +52,14 @@ class SaveQuantizedDiT(io.ComfyNode):
         layers = quantized_state(model)
         floats = float_state(model, set(layers), model.model.get_dtype())
         state = full_state(layers, {name: smallest_exact(value) for name, value in floats.items()})
-        metadata = {METADATA: json.dumps({"version": VERSION, "layers": len(layers)})}
-        metadata |= detection_metadata(model, state)
+        metadata: dict[str, str] = {}
         if not args.disable_metadata:
+            metadata |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
             if cls.hidden.prompt is not None:
                 metadata["prompt"] = json.dumps(cls.hidden.prompt)
-            metadata |= {key: json.dumps(value) for key, value in (cls.hidden.extra_pnginfo or {}).items()}
+        # behind what a client may have named alike
+        metadata |= detection_metadata(model, state)
+        metadata[METADATA] = json.dumps({"version": VERSION, "layers": len(layers)})
         path, left_out = output_file(filename_prefix), not_in_a_file(model)
         write_tensors(path, state, metadata)
         text = f"{path} ({path.stat().st_size / 2**20:.1f} MB)"
@@ -94,8 +97,14 @@ def load_quantized(path: Path, disable_dynamic: bool = False):
         raise DamagedFile(
             f"{path.name}: {found} quantized layers of {described.get('layers', 'some')} are there: the file is damaged"
         )
+    for key, value in state.items():
+        # the tables of quantized layers are looked at one by one
+        if value.is_floating_point() and bool(torch.isnan(value.float() if value.element_size() == 1 else value).any()):
+            raise DamagedFile(f"{path.name}: {key} holds NaN: the file is damaged")
     try:
         patcher = build_model(state, metadata, disable_dynamic=disable_dynamic)
+    except DamagedFile as error:
+        raise DamagedFile(f"{path.name}: {error}") from error
     except (AttributeError, KeyError, IndexError, RuntimeError, TypeError) as error:
         # a lack of memory says nothing about the file
         if not cannot_launch(error):

@@ -1,8 +1,15 @@
 """What other nodes attached to a MODEL that cannot come along: refused with the remedy, never lost in silence."""
 
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+
 import comfy.hooks
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from ...quant_core.identity import closed_over, defaults
 
 KEY = "dit_quant"
 # the host's names
@@ -36,11 +43,56 @@ def refuse_copies(patcher: ModelPatcher) -> None:
         raise CannotCarry("this model has copies on other GPUs; connect Quantize DiT before the MultiGPU node")
 
 
+def refuse_holders(patcher: ModelPatcher) -> None:
+    """Raises CannotCarry where a node's function holds the float model or a part of it, to change or to run it: the
+    quantized model would not notice, and the float one stay in memory."""
+    parts = {id(patcher.model), *map(id, patcher.model.diffusion_model.modules())}
+    options = dict(patcher.model_options)
+    for place, attached in {**options, **options.pop("transformer_options", {}), "wrappers": patcher.wrappers}.items():
+        if holds(attached, parts):
+            raise CannotCarry(
+                f"another node works on the modules of this very model ({place}; TeaCache and its like do); connect it "
+                "behind Quantize DiT"
+            )
+
+
+def holds(value: object, parts: set[int], depth: int = 6) -> bool:
+    """Whether one of the objects of these ids is in `value`: in containers, and in what functions close over."""
+    if id(value) in parts:
+        return True
+    if depth == 0 or value is None or isinstance(value, str | bytes | int | float | torch.Tensor | ModelPatcher | type):
+        return False
+    if isinstance(value, Mapping):
+        within = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        within = list(value)
+    elif isinstance(value, functools.partial):
+        within = [value.func, *value.args, *value.keywords.values()]
+    elif inspect.isroutine(value):
+        within = [getattr(value, "__self__", None), *closed_over(value), *defaults(value)]
+    elif callable(value) and not isinstance(value, torch.nn.Module):
+        within = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    else:
+        within = []
+    return any(holds(each, parts, depth - 1) for each in within)
+
+
 def uncompiled(patcher: ModelPatcher) -> ModelPatcher:
-    """A clone that runs as written: compiled code has no place for what calibration attaches."""
+    """A clone that runs as written, on one GPU: compiled code and copies cannot have what calibration attaches."""
     clone = patcher.clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
+    clone.remove_additional_models(MULTI_GPU)
     return clone
+
+
+def refuse_hooks(conditionings: Iterable[list]) -> None:
+    """Raises CannotCarry for hooked conditionings: with dynamic VRAM the host runs another copy of the model for them,
+    which calibration does not see."""
+    if any(extra.get("hooks") is not None for entries in conditionings for _, extra in entries):
+        raise CannotCarry(
+            "a hook is on one of the conditionings (Create Hook LoRA, for instance), which a quantized model cannot "
+            "take; connect prompts without hooks, and use Load LoRA before Calibrate DiT"
+        )
 
 
 def refuse_hook_loras(patcher: ModelPatcher) -> None:

@@ -29,7 +29,12 @@ def cached_gains(
     with torch.inference_mode():
         for name, gain in measure_gains(layers, weights, sample, gains):
             gains[name] = gain
-            _write(path, key, gains)
+            try:
+                _write(path, key, gains)
+            except OSError as error:
+                note = f"sensitivity not kept for another time: {error.strerror or error}"
+                if note not in notes:
+                    notes.append(note)
     return gains
 
 

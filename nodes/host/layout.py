@@ -7,10 +7,12 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from ...quant_core.linear import TENSOR_FIELDS, QuantizedLinear, dequantize, requantize
+from ...quant_core.linear import TENSOR_FIELDS, QuantizedLinear, dequantize
+from ...quant_core.requantize import requantize
 from ...quant_core.timesteps import SINGLE_GROUP, TimestepGroups
 
 LAYOUT = "DiTQuantLayout"
+NO_FLOAT64 = ("mps", "xpu")
 TABLES = tuple(name for name in TENSOR_FIELDS if name not in ("qdata", "scale"))
 
 
@@ -40,8 +42,11 @@ class DiTQuantLayout(QuantizedLayout):
         """Only ever re-rounds a changed weight: a first rounding needs a calibration, see the Quantize DiT node."""
         if like is None:
             raise ValueError("DiTQuantLayout cannot round a weight without its calibration; use Quantize DiT")
-        layer = requantize(tensor.detach(), like, int(stochastic_rounding or 0))
-        wrapped = wrap(layer, tensor.dtype)
+        # the host brings a changed weight to the card before the layer
+        device = torch.device("cpu") if tensor.device.type in NO_FLOAT64 else tensor.device
+        like = like.map(lambda table: table.to(device))
+        layer = requantize(tensor.detach().to(device), like, int(stochastic_rounding or 0))
+        wrapped = wrap(layer.map(lambda table: table.to(tensor.device)), tensor.dtype)
         return wrapped._qdata, wrapped._params
 
     @classmethod

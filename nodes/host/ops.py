@@ -7,6 +7,7 @@ import torch
 
 from ...quant_core.checkpoint import CONFIG_KEY, SUFFIXES, layer_from_tensors, layer_tensors
 from ...quant_core.checkpoint import is_ours as config_is_ours
+from ...quant_core.files import DamagedFile
 from ...quant_core.linear import quant_linear
 from ...quant_core.timesteps import TimestepState
 from .layout import is_ours, unwrap, wrap
@@ -43,6 +44,8 @@ def make_operations(dtype: torch.dtype):
                 self.layout_type = self.weight._layout_cls
                 bias = state_dict.pop(f"{prefix}bias", None)
                 if bias is not None:
+                    if tuple(bias.shape) != (self.out_features,) or not bias.is_floating_point():
+                        raise DamagedFile(f"{name}.bias: {list(bias.shape)} {bias.dtype}, not [{self.out_features}]")
                     self.bias = torch.nn.Parameter(bias.to(dtype=dtype), requires_grad=False)
                 elif self.bias is not None:
                     missing.append(f"{prefix}bias")

@@ -9,12 +9,13 @@ ASSETS = Path(__file__).resolve().parents[2] / "demo" / "assets"
 
 
 def calibration_folder() -> Path:
-    return Path(folder_paths.models_dir) / CALIBRATION
+    """One that extra_model_paths.yaml names, else in the models folder."""
+    return Path(folder_paths.get_folder_paths(CALIBRATION)[0])
 
 
 def register() -> None:
     """Adds our folder of calibration caches to the host's list."""
-    folder_paths.add_model_folder_path(CALIBRATION, str(calibration_folder()))
+    folder_paths.add_model_folder_path(CALIBRATION, str(Path(folder_paths.models_dir) / CALIBRATION))
 
 
 def output_file(prefix: str) -> Path:

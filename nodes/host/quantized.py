@@ -13,7 +13,7 @@ from ...quant_core.convert import CannotQuantize, quantize_model
 from ...quant_core.mixed import Plan, plan_formats
 from ...quant_core.report import QuantReport
 from ...quant_core.schemes import QuantScheme
-from .attached import refuse_bypass, refuse_copies, refuse_hook_loras
+from .attached import refuse_bypass, refuse_copies, refuse_holders, refuse_hook_loras
 from .build import FLOATS, KEY, build_model, select_group
 from .detection import detection_metadata, difference
 from .weights import float_state, full_state, is_quantized, quantized_state, select, smallest_exact, weight_loaders
@@ -51,6 +51,7 @@ def quantize(
         raise CannotQuantize("this model is quantized already; connect the full-precision model")
     refuse_bypass(patcher)
     refuse_copies(patcher)
+    refuse_holders(patcher)
     foreign = [name for name in patcher.object_patches if name.startswith("diffusion_model")]
     if foreign:
         raise CannotQuantize(f"{foreign[0]} was replaced by another node; connect Quantize DiT before that node")

@@ -22,8 +22,9 @@ from ...quant_core.fingerprint import settings_key, tensor_fingerprint
 from ...quant_core.identity import describe
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
-from .attached import refuse_bypass, uncompiled
+from .attached import refuse_bypass, refuse_hooks, uncompiled
 from .gains import cached_gains
+from .latents import first_of, flat, of_size
 from .probes import probing
 from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders
 
@@ -38,7 +39,8 @@ SEEDS = 2**64
 
 @dataclass(frozen=True)
 class Settings:
-    """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn.
+    """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn; latent: a LATENT
+    to start from instead.
 
     memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it;
     sensitivity: whether the gains of all layers are measured too; curvature: whether some calls run under autograd.
@@ -54,6 +56,7 @@ class Settings:
     passes: int = 1
     sensitivity: bool = False
     curvature: bool = True
+    latent: Mapping | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,6 @@ def conditioning_fingerprint(conditioning: list) -> list:
 def attached_fingerprint(patcher: ModelPatcher) -> object:
     """Identity of what other nodes attached to the MODEL, as far as it can be read."""
     return describe((patcher.model_options, patcher.wrappers, patcher.callbacks, patcher.object_patches))
-
-
-def empty_latent(patcher: ModelPatcher, size: tuple[int, int]) -> torch.Tensor:
-    """Zeros in the model's own latent shape for a picture of `size`."""
-    latent_format = patcher.get_model_object("latent_format")
-    ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
-    width, height = size
-    zeros = torch.zeros(1, latent_format.latent_channels, max(height // ratio, 1), max(width // ratio, 1))
-    return comfy.sample.fix_empty_latent_channels(patcher, zeros)
 
 
 @dataclass(frozen=True)
@@ -142,6 +136,7 @@ def calibrate(
     if is_quantized(patcher):
         raise ValueError("this model is quantized already; calibrate the full-precision model it came from")
     refuse_bypass(patcher)
+    refuse_hooks([*positive, negative])
     patcher = uncompiled(patcher)
     layers, _, _ = select(patcher)
     features = {name: module.in_features for name, module in layers.items()}
@@ -172,7 +167,7 @@ def calibrate(
         "sampler": settings.sampler,
         "scheduler": settings.scheduler,
         "seed": settings.seed,
-        "sizes": [list(size) for size in settings.sizes],
+        "sizes": [list(size) for size in settings.sizes] if settings.latent is None else describe(settings.latent),
         "sigmas": [f"{s:.6g}" for s in sigmas],
         "prompts": [conditioning_fingerprint(p) for p in positive],
         "negative": conditioning_fingerprint(negative),
@@ -212,7 +207,7 @@ def _gains(run: Run) -> dict[str, float]:
 
     def sample() -> torch.Tensor:
         # latents of several sizes side by side
-        return torch.cat([_draw(run.patcher, run, i, GAIN_STEPS, step).flatten() for i in range(count)])[None]
+        return torch.cat([flat(_draw(run.patcher, run, i, GAIN_STEPS, step)) for i in range(count)])[None]
 
     weights = weight_loaders(run.patcher, run.layers)
     path = run.folder / f"{run.key[:32]}-gains.json"
@@ -226,7 +221,8 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     cache, key = run.cache(index), run.key + run.part(index)
     prompts = len(run.positive)
     done = _resume(run, index, inputs, outputs, key)
-    if done < prompts:
+    kept = done == prompts
+    if not kept:
         sampled = hooked_clone(run.patcher, inputs, outputs, run.progress.notes)
         layers = {name: run.layers[name] for name in run.plan.passes[index]}
         saved, cost = time.monotonic(), 0.0
@@ -236,19 +232,19 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
                 _sample(sampled, run, i, index * prompts + i)
                 if i + 1 == prompts or time.monotonic() - saved >= SAVING_SHARE * cost:
                     start = time.monotonic()
-                    _save(run, lambda i=i: save_progress(cache, inputs, key, i + 1, outputs))
+                    kept = _save(run, lambda i=i: save_progress(cache, inputs, key, i + 1, outputs))
                     saved = time.monotonic()
                     cost = saved - start
-    if len(run.plan.passes) == 1:
+    if not kept:
         return inputs, outputs
-    # the next pass needs the memory: this one's statistics are read from its file as they are used
+    # the next pass needs the memory, and what the host holds of this node: it is read from the file as it is used
     inputs, outputs = run.collectors(index, sigmas)
     restore_progress(cache, inputs, key, outputs, copy=False)
     return inputs, outputs
 
 
-def _save(run: Run, save: Callable[[], None]) -> None:
-    """A disk without room ends the run only where later passes read what this one has found."""
+def _save(run: Run, save: Callable[[], None]) -> bool:
+    """Whether it worked. A disk without room ends the run only where later passes read what this one has found."""
     try:
         save()
     except OSError as error:
@@ -257,6 +253,8 @@ def _save(run: Run, save: Callable[[], None]) -> None:
         note = f"not kept for another time: {error.strerror or error}"
         if note not in run.progress.notes:
             run.progress.notes.append(note)
+        return False
+    return True
 
 
 def _resume(run: Run, index: int, inputs: Collector, outputs: CurvatureCollector, key: str) -> int:
@@ -284,7 +282,10 @@ def hooked_clone(
 
     def announce(executor, x, t, *args, **kwargs):
         inputs.at(float(t.flatten()[0]))
-        result = executor(x, t, *args, **kwargs)
+        try:
+            result = executor(x, t, *args, **kwargs)
+        finally:
+            inputs.at(None)
         if probe is not None and outputs.due():
             probe(executor, (x, t, *args), kwargs, result)
         return result
@@ -307,7 +308,9 @@ def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torc
     """The final latent [1, ...] of prompt i."""
     settings = run.settings
     seed = (settings.seed + i) % SEEDS
-    latent = empty_latent(patcher, settings.sizes[i % len(settings.sizes)])
+    given = settings.latent or {}
+    size = settings.sizes[i % len(settings.sizes)]
+    latent = first_of(patcher, given) if given else of_size(patcher, size)
     return comfy.sample.sample(
         patcher,
         comfy.sample.prepare_noise(latent, seed),
@@ -318,6 +321,7 @@ def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torc
         run.positive[i],
         run.negative,
         latent,
+        noise_mask=given.get("noise_mask"),
         callback=callback,
         disable_pbar=True,
         seed=seed,

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...quant_core.architectures import Family, select_layers
 from ...quant_core.checkpoint import layer_tensors
 from ...quant_core.fingerprint import settings_key, tensor_fingerprint
-from ...quant_core.linear import QuantizedLinear, requantize
+from ...quant_core.linear import QuantizedLinear
+from ...quant_core.requantize import requantize
 from .build import quantized_layers
 from .detection import detection_hints
 from .layout import is_ours, unwrap
@@ -44,12 +45,21 @@ def merged_weight(patcher: ModelPatcher, key: str, dtype: torch.dtype | None = t
 
 
 def linears(patcher: ModelPatcher) -> dict[str, torch.nn.Module]:
-    """Every Linear of the diffusion model by name: the host's Linears need not derive from torch's."""
-    return {
+    """Every Linear of the diffusion model by name: the host's Linears need not derive from torch's.
+
+    Raises ValueError where one multiplies its input by more than its weight."""
+    found = {
         name: module
         for name, module in patcher.model.diffusion_model.named_modules()
         if hasattr(module, "comfy_cast_weights") and hasattr(module, "in_features") and hasattr(module, "weight")
     }
+    for name, module in found.items():
+        if getattr(module, "pre_quant_scale", None) is not None:
+            raise ValueError(
+                f"{name}: this checkpoint scales the layer's input (pre_quant_scale, ModelOpt AWQ), which its weight "
+                "does not show; load the checkpoint in 16 bits that it was made from"
+            )
+    return found
 
 
 def select(patcher: ModelPatcher) -> tuple[dict[str, torch.nn.Module], dict[str, str], Family | None]:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(sys.argv[1])
 sys.argv[1:] = ["--cpu"]
@@ -18,10 +19,12 @@ import comfy.options  # noqa: E402 - the host reads its arguments while it is im
 
 comfy.options.enable_args_parsing()
 
+import comfy.latent_formats  # noqa: E402
 import comfy.model_base  # noqa: E402 - imports every variant
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
+from comfy.nested_tensor import NestedTensor  # noqa: E402
 
 
 def bind(name: str, path: Path, **options):
@@ -32,6 +35,7 @@ def bind(name: str, path: Path, **options):
 
 
 bind("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+from dit_quant.nodes.host.latents import first_of, flat, of_size  # noqa: E402
 from dit_quant.quant_core.architectures import select_layers  # noqa: E402
 from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
 
@@ -81,13 +85,28 @@ def rounded(model: WanModel) -> dict:
     }
 
 
+def latents() -> dict[str, list]:
+    """Shapes that calibration starts from: sizes, and LATENTs of a video and of sound beside it."""
+    formats = {"latent_format": comfy.latent_formats.Wan21()}
+    patcher = SimpleNamespace(get_model_object=formats.get)
+    video = {"samples": torch.zeros(2, 16, 21, 60, 104)}
+    both = NestedTensor([torch.zeros(1, 128, 5, 4, 4), torch.zeros(1, 8, 20, 16)])
+    return {
+        "size": list(of_size(patcher, (832, 480)).shape),
+        "video": list(first_of(patcher, video).shape),
+        "both": [list(part.shape) for part in first_of(patcher, {"samples": both}).unbind()],
+        "flat": [flat(both).numel(), flat(video["samples"]).numel()],
+    }
+
+
 def main() -> None:
     options = {"device": "meta", "num_layers": 5}
     variants = {"t2v": build(WanModel, **options), "i2v": build(WanModel, model_type="i2v", **options)}
     for variant in subclasses(WanModel):
         more = {"vace_layers": 2, "vace_in_dim": 96} if variant is VaceWanModel else {}
         variants[variant.__name__] = build(variant, **options, **more)
-    print(json.dumps({"errors": outputs(), "variants": {name: rounded(model) for name, model in variants.items()}}))
+    found = {name: rounded(model) for name, model in variants.items()}
+    print(json.dumps({"errors": outputs(), "variants": found, "latents": latents()}))
 
 
 main()

@@ -1,5 +1,6 @@
 """Nodes that only the host tests use; conftest copies this file into custom_nodes before the server starts."""
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -164,6 +165,49 @@ class NoGradient:
         return (clone,)
 
 
+class Holder:
+    """A MODEL whose wrapper keeps the network that it was made for, in the way of TeaCache."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model):
+        clone = model.clone()
+        network = clone.get_model_object("diffusion_model")
+
+        def wrapper(call, options):
+            assert network is not None
+            return call(options["input"], options["timestep"], **options["c"])
+
+        clone.set_model_unet_function_wrapper(wrapper)
+        return (clone,)
+
+
+class InputScaled:
+    """A copy of a MODEL with a layer that multiplies its input, as checkpoints of ModelOpt have them."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "build"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {})}}
+
+    def build(self, model, name):
+        clone = model.clone()
+        clone.model = copy.copy(model.model)
+        clone.model._modules = model.model._modules | {"diffusion_model": copy.deepcopy(model.model.diffusion_model)}
+        layer = clone.model.diffusion_model.get_submodule(name)
+        layer.pre_quant_scale = torch.ones(layer.in_features)
+        return (clone,)
+
+
 class Scaled:
     """A MODEL with one parameter patched, in the way of a LoRA."""
 
@@ -223,6 +267,8 @@ NODE_CLASS_MAPPINGS = {
     "DiTQuantTestRebuild": Rebuild,
     "DiTQuantTestMoved": Moved,
     "DiTQuantTestNoGradient": NoGradient,
+    "DiTQuantTestHolder": Holder,
+    "DiTQuantTestInputScaled": InputScaled,
     "DiTQuantTestScaled": Scaled,
     "DiTQuantTestLatent": Latent,
     "DiTQuantTestUNet": TinyUNet,

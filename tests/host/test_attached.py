@@ -45,6 +45,24 @@ def test_a_lora_hooked_to_a_conditioning_is_refused_and_leaves_the_model_as_it_w
     assert torch.equal(host_server.latents(loaded)["loaded"], before)
 
 
+def test_a_hooked_conditioning_is_not_calibrated_on(host_server, lora):
+    """With dynamic VRAM the host would run another copy of the model for it."""
+    hook = p.node("CreateHookLora", lora_name=lora, strength_model=1.0, strength_clip=0.0)
+    prompt = p.BASE | {"hook": hook, "hooked": hooked("calibration_prompts"), "shown": SHOWN}
+    for where in ("positive", "negative"):
+        with pytest.raises(PromptFailed, match=r"a hook is on one of the conditionings.*Load LoRA before Calibrate"):
+            host_server.run(prompt | p.calibrate(**{where: p.link("hooked")}))
+
+
+def test_a_node_that_works_on_the_float_network_is_refused(host_server):
+    held = {"held": p.node("DiTQuantTestHolder", model=p.link("model"))}
+    with pytest.raises(PromptFailed, match=r"modules of this very model \(model_function_wrapper.*behind Quantize DiT"):
+        host_server.run(p.BASE | held | p.quantize("rtn_w8a8", "held", None) | p.sample("quantized", "of held"))
+    behind = {"held": p.node("DiTQuantTestHolder", model=p.link("quantized"))}
+    latents = host_server.latents(host_server.run(p.BASE | QUANTIZED | behind | p.sample("held", "behind", steps=1)))
+    assert bool(torch.isfinite(latents["behind"]).all())
+
+
 def compiled(model: str) -> dict:
     return {"compiled": p.node("TorchCompileModel", model=p.link(model), backend="inductor")}
 

@@ -74,6 +74,11 @@ CASES = {
         loader("other") | p.bundled("bundled") | p.calibrate("bundled") | p.quantize(calibration="calibration"),
         r"joint_blocks\.1\.x_block\.mlp\.fc1: the weight changed since calibration .*run Calibrate DiT",
     ),
+    "layer with a scaled input": (
+        {"scaled": p.node("DiTQuantTestInputScaled", model=p.link("model"), name=MODULE.removesuffix(".weight"))}
+        | p.quantize("rtn_w8a8", "scaled", None),
+        r"joint_blocks\.1\.x_block\.mlp\.fc1: this checkpoint scales the layer's input .*in 16 bits",
+    ),
     "UNet quantized": (
         {"model": p.node("DiTQuantTestUNet")} | p.quantize("rtn_w8a8", calibration=None),
         "this is a UNet.*load a DiT",

@@ -64,6 +64,13 @@ def test_second_run_takes_everything_from_the_cache(host_server, first):
     assert_same_codes(tensors, first[1])
 
 
+def test_a_latent_in_place_of_sizes(host_server, first):
+    """Of a batch its first."""
+    text, tensors = run(host_server, "calibrated_latent", latent=p.link("latent"), sizes="64x96")
+    assert "taken from the cache" not in text
+    assert_same_codes(tensors, first[1])
+
+
 def test_another_process_finds_the_cache(fresh_server, first):
     calibration_folder(fresh_server).mkdir(exist_ok=True)
     shutil.copy(first[0], calibration_folder(fresh_server))

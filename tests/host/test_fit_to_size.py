@@ -75,6 +75,20 @@ def test_gains_are_found_again_resumed_and_recomputed(host_server, fitted):
     assert json.loads(path.read_text()) == whole
 
 
+def test_gains_that_cannot_be_written_are_used_all_the_same(host_server, fitted):
+    path = gains_file(host_server)
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    try:
+        text = calibrated_again(host_server, 5004)
+    finally:
+        path.rmdir()
+        path.write_bytes(content)
+    assert text.count("sensitivity not kept for another time: ") == 1
+    assert "prompts taken from the cache" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [

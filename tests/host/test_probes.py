@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.host
 
 SCRIPT = Path(__file__).with_name("compare_probes.py")
-FAMILIES = ("sd3", "flux", "wan", "z_image", "qwen_image")
+FAMILIES = ("sd3", "flux", "wan", "z_image", "qwen_image", "wan, dynamic VRAM")
 # the last block's text stream ends in layers whose output nothing reads
 UNREAD = {"qwen_image": ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")}
 

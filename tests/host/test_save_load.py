@@ -102,6 +102,9 @@ BAD_FILES = {
     "bias lost": r"1 tensors are missing, such as joint_blocks\.1\.x_block\.mlp\.fc1\.bias",
     "embedder lost": "the host cannot read it|does not recognise|tensors are missing",
     "float weight lost": r"1 tensors are missing, such as final_layer\.linear\.weight",
+    "bias of another length": r"joint_blocks\.1\.x_block\.mlp\.fc1\.bias: \[7\] torch\.bfloat16, not \[1024\]",
+    "NaN in a bias": r"joint_blocks\.1\.x_block\.mlp\.fc1\.bias holds NaN",
+    "NaN outside the blocks": r"final_layer\.linear\.weight holds NaN",
     "another node's": "another node wrote this quantized model.*Save Quantized DiT",
 }
 LOST = {
@@ -113,9 +116,17 @@ LOST = {
 }
 
 
-def edited(path, target, lost: str = "\0", **metadata) -> None:
-    """A copy without the tensors whose names begin with `lost`, and with other metadata; None takes an entry out."""
-    kept = {key: value for key, value in load_file(path).items() if not key.startswith(lost)}
+CHANGED = {
+    "bias of another length": (LOST["bias lost"], lambda bias: bias[:7].to(torch.bfloat16)),
+    "NaN in a bias": (LOST["bias lost"], lambda bias: bias * torch.nan),
+    "NaN outside the blocks": (LOST["float weight lost"], lambda weight: weight * torch.nan),
+}
+
+
+def edited(path, target, lost: str = "\0", changed: dict | None = None, **metadata) -> None:
+    """A copy without the tensors whose names begin with `lost`, with `changed` ones, and with other metadata; None
+    takes an entry out."""
+    kept = {key: value for key, value in load_file(path).items() if not key.startswith(lost)} | (changed or {})
     described = header(path)["__metadata__"] | metadata
     save_file(kept, target, {key: value for key, value in described.items() if value is not None})
 
@@ -136,6 +147,8 @@ def bad_files(presets, host_server):
     source = presets.file("W8A8")
     for name, lost in LOST.items():
         edited(source, folder / p.saved_name(name), lost)
+    for name, (key, change) in CHANGED.items():
+        edited(source, folder / p.saved_name(name), changed={key: change(load_file(source)[key])})
     for name, version in (("older", 1), ("newer", 3)):
         edited(source, folder / p.saved_name(name), dit_quant=json.dumps({"version": version}))
     edited(source, folder / p.saved_name("metadata is a list"), dit_quant="[1]")

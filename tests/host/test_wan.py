@@ -35,3 +35,12 @@ def test_what_variants_add_to_the_blocks(comparison):
     variants = comparison["variants"]
     assert variants["i2v"]["roles"]["blocks.N.cross_attn.k_img"] == "context"
     assert {f"vace_{name}" for name in variants["t2v"]["roles"]} < set(variants["VaceWanModel"]["roles"])
+
+
+def test_videos_are_calibrated_in_the_latent_that_is_given(comparison):
+    assert comparison["latents"] == {
+        "size": [1, 16, 1, 60, 104],
+        "video": [1, 16, 21, 60, 104],
+        "both": [[1, 128, 5, 4, 4], [1, 8, 20, 16]],
+        "flat": [128 * 80 + 8 * 320, 2 * 16 * 21 * 60 * 104],
+    }
