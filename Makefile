@@ -12,13 +12,15 @@
 #   python -m pip install torch==2.13.0
 #   python -m pip install -e .[test]
 #   python -m dit_quant.demo                   (make demo)
-#   python -m pytest                           (make test)
+#   python -m pytest -n 2 --dist loadfile      (make test)
 #
 # On Linux, PyPI's torch brings CUDA along. The CPU build is smaller and does for all of this:
 #
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
+# processes that test side by side; each may start a host of its own, of 2 GB
+WORKERS ?= 2
 # pinned for .venv only: no requirement of the pack itself names torch
 TORCH ?= torch==2.13.0
 
@@ -38,7 +40,7 @@ demo: .venv/installed
 	$(BIN)/python -m dit_quant.demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

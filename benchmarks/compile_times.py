@@ -4,7 +4,7 @@
 
 A model and preset get a process and an empty cache of their own, as on an artist's first run; kernels that several
 layers share are compiled once there, too. One process compiles, so that cores do not matter. publish_speed.py writes
-the README's table.
+the table in docs/speed.md.
 """
 
 import argparse

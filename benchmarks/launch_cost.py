@@ -4,7 +4,7 @@
 
 On a GPU the calls are queued and the time until they are is taken, F.linear's too; without one Triton gets a driver
 whose kernels return at once, so that the last step of a launch is missing from both. publish_speed.py writes the
-README's table.
+table in docs/speed.md.
 """
 
 import argparse

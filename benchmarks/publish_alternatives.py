@@ -1,11 +1,11 @@
-"""Writes the README's table of rejected methods from benchmarks/results/alternatives.json (made by alternatives.py).
+"""Writes the table of rejected methods from benchmarks/results/alternatives.json (made by alternatives.py).
 
 python benchmarks/publish_alternatives.py
 """
 
 import json
 
-from readme import ROOT, publish
+from pages import ROOT, publish
 
 
 def table(result: dict) -> str:

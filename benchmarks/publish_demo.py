@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dit_quant.demo.__main__ import main as run_demo
-from readme import ROOT, publish
+from pages import ROOT, publish
 
 
 def table(report: dict) -> str:
@@ -26,8 +26,9 @@ def table(report: dict) -> str:
     prompts, steps = len(report["evaluation_prompts"]), report["settings"]["steps"]
     lines.append(
         f"\nRelative to full precision on {prompts} prompts that calibration never saw, {steps} Euler steps, guidance "
-        f"{report['settings']['cfg']:g}; bits count every table. torch {report['versions']['torch']}, "
-        f"{report['machine']['cpu']}; all of it in [demo.json](benchmarks/results/demo.json)."
+        f"{report['settings']['cfg']:g}, calibrated on {len(report['calibration_prompts'])} others; bits count every "
+        f"table. torch {report['versions']['torch']}, {report['machine']['cpu']}; all of it in "
+        "[demo.json](benchmarks/results/demo.json)."
     )
     return "\n".join(lines)
 

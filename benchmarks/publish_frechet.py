@@ -1,12 +1,12 @@
-"""Writes the README's table of Frechet distances from benchmarks/results/frechet_*.json (made by frechet.py).
+"""Writes the table of Frechet distances from benchmarks/results/frechet_*.json (made by frechet.py).
 
 python benchmarks/publish_frechet.py
 """
 
 import json
 
+from pages import ROOT, publish
 from publish_quality import MODELS
-from readme import ROOT, publish
 
 
 def table(results: dict[str, dict]) -> str:

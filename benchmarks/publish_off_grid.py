@@ -1,12 +1,12 @@
-"""Writes the README's off grid table from benchmarks/results/off_grid_*.json (made by off_grid.py).
+"""Writes the off grid table from benchmarks/results/off_grid_*.json (made by off_grid.py).
 
 python benchmarks/publish_off_grid.py
 """
 
 import json
 
+from pages import ROOT, publish, spread
 from publish_quality import MODELS
-from readme import ROOT, publish, spread
 
 # what each of ours is held against: fixed ranges against a format without rotation
 RIVALS = {"W8A8": "native int8 + ConvRot", "W8A8 static": "native int8", "W4A8": "native asym_w4a8_int8"}

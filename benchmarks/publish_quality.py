@@ -1,11 +1,11 @@
-"""Writes the README's quality table from benchmarks/results/quality_*.json (made by quality.py --final).
+"""Writes the quality tables from benchmarks/results/quality_*.json (made by quality.py --final).
 
 python benchmarks/publish_quality.py
 """
 
 import json
 
-from readme import ROOT, publish
+from pages import ROOT, publish
 
 MODELS = {
     "emoji": "SD3 layout",

@@ -1,4 +1,4 @@
-"""Writes the README's speed tables from kernels_*, end_to_end_*, fused_*, compile_times and launch_cost* in
+"""Writes the speed tables from kernels_*, end_to_end_*, fused_*, compile_times and launch_cost* in
 benchmarks/results/.
 
 python benchmarks/publish_speed.py
@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from kernel_shapes import COPY
-from readme import ROOT, publish, spread
+from pages import ROOT, publish, spread
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("W8A8", "W8A8 fast", "W8A8 static", "W4A8")
@@ -181,9 +181,8 @@ def found(pattern: str) -> list[tuple[Path, dict]]:
 def main() -> None:
     layers = [result for _, result in found("kernels_*.json")]
     gpus = [result for result in layers if result["machine"]["device"] != "cpu"]
-    tables = [*map(summary_table, gpus)]
-    for result in layers:
-        tables.append(folded(f"Every layer on {device(result['machine'])}", kernel_table(result)))
+    tables = [folded(f"Every layer on {device(result['machine'])}", kernel_table(result)) for result in layers]
+    publish("gpu summary", "\n\n".join(map(summary_table, gpus)))
     publish("layer speed table", "\n\n".join(tables))
     publish("model speed table", "\n\n".join(model_table(result) for _, result in found("end_to_end_*.json")))
     publish("compile time table", "\n\n".join(compile_table(result) for _, result in found("compile_times.json")))

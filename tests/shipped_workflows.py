@@ -73,10 +73,66 @@ def quantizing(model: str, preset: str) -> dict:
     }
 
 
+PROMPTS = """a lighthouse on a cliff at dusk, long exposure
+portrait of an old fisherman, soft window light
+a bowl of ramen on a wooden table, seen from above
+a red fox in fresh snow
+narrow street in Lisbon after the rain, neon signs
+watercolor of a mountain lake in autumn
+macro photograph of a dew drop on a leaf
+a robot reading a newspaper in a cafe, film still"""
+
+
+def your_model(model: str = "unet") -> dict:
+    """A model of the artist's own, here Z-Image-Turbo. model: what is calibrated and quantized."""
+    size = {"width": 1024, "height": 1024}
+    schedule = {"steps": 9, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    return {
+        "unet": node("UNETLoader", unet_name="z_image_turbo_bf16.safetensors", weight_dtype="default"),
+        "clip": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2", device="default"),
+        "vae": node("VAELoader", vae_name="ae.safetensors"),
+        "calibrate": node(
+            "DiTQuantCalibrate", model=link(model), clip=link("clip"), prompts=PROMPTS, sizes="1024x1024", **schedule
+        ),
+        "group": node("DiTQuantGroupTimesteps", calibration=link("calibrate")),
+        "quantize": node("DiTQuantQuantize", model=link(model), calibration=link("group"), preset="W8A8"),
+        "file": node("DiTQuantSave", model=link("quantize"), filename_prefix="diffusion_models/my_model_w8a8"),
+        "prompt": node("CLIPTextEncode", clip=link("clip"), text="a lighthouse on a cliff at dusk, long exposure"),
+        "empty": node("CLIPTextEncode", clip=link("clip"), text=""),
+        "latent": node("EmptySD3LatentImage", batch_size=1, **size),
+        "sampler": node(
+            "KSampler",
+            model=link("quantize"),
+            positive=link("prompt"),
+            negative=link("empty"),
+            latent_image=link("latent"),
+            seed=7,
+            denoise=1.0,
+            **schedule,
+        ),
+        "decode": node("VAEDecode", samples=link("sampler"), vae=link("vae")),
+        "save": node("SaveImage", images=link("decode"), filename_prefix="dit_quant"),
+        "plot": node("PreviewImage", images=link("group", 1)),
+    }
+
+
+# nodes that the files have beside those of the prompts, bypassed: a name each, and the prompt with it
+BYPASSED = {
+    "quantize_your_model": (
+        "lora",
+        your_model("lora")
+        | {
+            "lora": node(
+                "LoraLoaderModelOnly", model=link("unet"), lora_name="your_lora.safetensors", strength_model=1.0
+            )
+        },
+    )
+}
+
+
 def workflows() -> dict[str, dict]:
     """File name -> API prompt."""
     loader = {"loader": node("DiTQuantLoadEmoji")}
-    lora = node("LoraLoaderModelOnly", model=link("loader"), lora_name="emoji_lora.safetensors", strength_model=1.0)
     saved = node("DiTQuantSave", model=link("quantize"), filename_prefix="diffusion_models/emoji_w8a8")
     plot = node("PreviewImage", images=link("group", 1))
     return {
@@ -86,11 +142,13 @@ def workflows() -> dict[str, dict]:
         | {"plot": plot, "file": saved},
         "load_quantized_sample": {"loader": node("DiTQuantLoad", file="emoji_w8a8_00001_.safetensors")}
         | sampling("loader"),
-        "quantize_with_lora": loader | {"lora": lora} | quantizing("lora", "W4A8") | sampling("quantize"),
+        "quantize_your_model": your_model(),
     }
 
 
 TITLES = {
+    "lora": "A LoRA to merge (bypassed: Ctrl+B)",
+    "unet": "Your model, in 16 bits",
     "calibration_prompts": "Calibration prompts",
     "prompt": "Prompt",
     "empty": "Negative prompt (empty)",
@@ -100,7 +158,7 @@ TITLES = {
 
 def main() -> None:
     from host_server import HostServer, find_host, why_no_host
-    from workflow_format import from_prompt, numbered
+    from workflow_format import BYPASS, from_prompt, numbered
 
     host = find_host()
     if host is None:
@@ -108,8 +166,12 @@ def main() -> None:
     with HostServer(host) as server:
         definitions = server.object_info()
     for name, prompt in workflows().items():
+        bypassed, prompt = BYPASSED.get(name, (None, prompt))
         titles = {str(i): TITLES[key] for i, key in enumerate(prompt, start=1) if key in TITLES}
         workflow = from_prompt(numbered(prompt), definitions, titles=titles)
+        for each in workflow["nodes"]:
+            if list(prompt)[each["id"] - 1] == bypassed:
+                each["mode"] = BYPASS
         (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
 
 

@@ -571,8 +571,7 @@ def test_published_table():
     assert "| *groups of 8* | 4.71 | 0.0500 | 0.80x (0.79 to 0.81) |" in lines
 
 
-def test_readme_has_a_place_for_the_table():
-    readme = load("readme")
-    assert "| tables |" in readme.insert(
-        (readme.ROOT / "README.md").read_text(), "alternatives table", publish.table(result())
-    )
+def test_the_page_has_a_place_for_the_table():
+    pages = load("pages")
+    page = (pages.ROOT / "docs" / "quality.md").read_text()
+    assert "| tables |" in pages.insert(page, "alternatives table", publish.table(result()))

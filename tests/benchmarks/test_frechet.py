@@ -8,7 +8,7 @@ import torch
 from benchmark_scripts import load
 from dit_quant.demo.prompts import load_prompt_table
 
-frechet, publish_frechet, readme = load("frechet"), load("publish_frechet"), load("readme")
+frechet, publish_frechet, pages = load("frechet"), load("publish_frechet"), load("pages")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_quick_run_writes_every_row(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["frechet.py", "--quick", "--samples", "6", "--out", str(out)])
     frechet.main()
     result = json.loads(out.read_text())
-    published = json.loads((readme.ROOT / "benchmarks" / "results" / "quality_emoji.json").read_text())
+    published = json.loads((pages.ROOT / "benchmarks" / "results" / "quality_emoji.json").read_text())
     assert result.keys() == published.keys()
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == [frechet.FLOOR, *frechet.RIVALS, *frechet.OURS]
@@ -127,13 +127,13 @@ def result() -> dict:
 
 
 def test_table_is_published_between_its_markers(monkeypatch, tmp_path):
-    """In a README of its own: the repository's is left alone."""
+    """In a page of its own: the repository's is left alone."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "frechet_emoji.json").write_text(json.dumps(result()))
     path = tmp_path / "README.md"
     markers = "<!-- frechet table: python benchmarks/publish_frechet.py -->", "<!-- end of frechet table -->"
     path.write_text("before\n" + "\nold\n".join(markers) + "\nafter\n")
-    for module in (readme, publish_frechet):
+    for module in (pages, publish_frechet):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     publish_frechet.main()
     lines = path.read_text().splitlines()

@@ -10,8 +10,8 @@ from dit_quant.kernels.gelu_quantize import torch_impl as gelu_impl
 from dit_quant.kernels.native.library import library
 from dit_quant.kernels.quantize_activation import torch_impl as quantizer_impl
 
-fused, checks, timing, publish_speed, readme = (
-    load(name) for name in ("fused", "fused_checks", "kernel_timing", "publish_speed", "readme")
+fused, checks, timing, publish_speed, pages = (
+    load(name) for name in ("fused", "fused_checks", "kernel_timing", "publish_speed", "pages")
 )
 CPU = torch.device("cpu")
 M, K = 20, 64
@@ -251,10 +251,11 @@ def test_table_is_published_between_its_markers(monkeypatch, tmp_path):
     result = {"machine": {"device": "cpu", "cpu": "C", "torch_threads": 2}, "versions": {"torch": "2"}, "rows": rows}
     (tmp_path / "fused_cpu.json").write_text(json.dumps(result))
     names = ("layer speed table", "model speed table", "fused speed table", "compile time table", "launch cost table")
+    names = (*names, "gpu summary")
     markers = [(f"<!-- {name}: python benchmarks/publish_speed.py -->", f"<!-- end of {name} -->") for name in names]
     path = tmp_path / "README.md"
     path.write_text("before\n" + "".join(f"{first}\nold\n{last}\n" for first, last in markers) + "after\n")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     monkeypatch.setattr(publish_speed, "RESULTS", tmp_path)
     publish_speed.main()
     lines = path.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The README's summary of a GPU: ranges over wide layers with many tokens, of what was timed."""
+"""The summary of a GPU: ranges over wide layers with many tokens, of what was timed."""
 
 from benchmark_scripts import load
 
