@@ -5,10 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.numerics import decode_int4, pack_int4, unpack_levels
+from ..kernels.numerics import decode_int4, pack_int4, rotate, unpack_levels
 from .grid import Grid, Int4Grid, Int8Grid, int4_grid, int8_grid
 from .linear import HALF_MAX, QuantizedLinear, column_sum, dequantize, folded_weight, half_if_it_fits
-from .reparam import fold_linear
 
 # in steps: a searched grid clips by less than this, so more means that the weight left its grid
 OUTGROWN = 2.5
@@ -51,14 +50,13 @@ def rows_of(w: QuantizedLinear, rows: slice) -> QuantizedLinear:
 
 
 def changed_rows(weight: Tensor, like: QuantizedLinear, symmetric: bool, seed: int, first: int) -> dict[str, Tensor]:
-    """New tensors by name, all [n, ...] for weight [n, K]; correction and responses in float64. symmetric: whether the
+    """New tensors by name, all [n, ...] for weight [n, K]; correction and responses in fp32. symmetric: whether the
     layer's 4-bit levels are; first: the number of the weight's first entry in the layer, for its random numbers."""
     old = folded_weight(like)
     change = weight.float() - dequantize(like)
     if not bool(torch.isfinite(change).all()):
         raise ValueError("a LoRA or a merge puts NaN or infinity into a quantized weight; remove it")
-    scale = None if like.smooth is None else like.smooth.double()
-    delta = fold_linear(change, None, scale, like.hadamard).weight.float()
+    delta = rotate(change if like.smooth is None else change * like.smooth, like.hadamard)
     grid = grid_for(old + delta, like, symmetric)
     codes = encode(old, delta, grid, seed, first)
     if isinstance(grid, Int8Grid):
@@ -67,9 +65,9 @@ def changed_rows(weight: Tensor, like: QuantizedLinear, symmetric: bool, seed: i
         stored = {"qdata": pack_int4(codes), "scale": grid.scale, "levels": grid.levels}
         sums = decode_int4(stored["qdata"], stored["levels"])
     if like.correction is not None and like.shift is not None:
-        stored["correction"] = like.correction.double().T + change.double() @ like.shift.double().T
+        stored["correction"] = like.correction.float().T + change @ like.shift.float().T
     if like.responses is not None and like.directions is not None:
-        stored["responses"] = like.responses.double().T + change.double() @ like.directions.double().T
+        stored["responses"] = like.responses.float().T + change @ like.directions.float().T
     if like.column_sum is not None:
         stored["column_sum"] = column_sum(sums)
     return stored

@@ -48,7 +48,8 @@ def refuse_holders(patcher: ModelPatcher) -> None:
     quantized model would not notice, and the float one stay in memory."""
     parts = {id(patcher.model), *map(id, patcher.model.diffusion_model.modules())}
     options = dict(patcher.model_options)
-    for place, attached in {**options, **options.pop("transformer_options", {}), "wrappers": patcher.wrappers}.items():
+    of_blocks = options.pop("transformer_options", {})
+    for place, attached in {**options, **of_blocks, "wrappers": patcher.wrappers}.items():
         if holds(attached, parts):
             raise CannotCarry(
                 f"another node works on the modules of this very model ({place}; TeaCache and its like do); connect it "

@@ -12,7 +12,6 @@ from ...quant_core.requantize import requantize
 from ...quant_core.timesteps import SINGLE_GROUP, TimestepGroups
 
 LAYOUT = "DiTQuantLayout"
-NO_FLOAT64 = ("mps", "xpu")
 TABLES = tuple(name for name in TENSOR_FIELDS if name not in ("qdata", "scale"))
 
 
@@ -43,10 +42,9 @@ class DiTQuantLayout(QuantizedLayout):
         if like is None:
             raise ValueError("DiTQuantLayout cannot round a weight without its calibration; use Quantize DiT")
         # the host brings a changed weight to the card before the layer
-        device = torch.device("cpu") if tensor.device.type in NO_FLOAT64 else tensor.device
-        like = like.map(lambda table: table.to(device))
-        layer = requantize(tensor.detach().to(device), like, int(stochastic_rounding or 0))
-        wrapped = wrap(layer.map(lambda table: table.to(tensor.device)), tensor.dtype)
+        like = like.map(lambda table: table.to(tensor.device))
+        layer = requantize(tensor.detach(), like, int(stochastic_rounding or 0))
+        wrapped = wrap(layer, tensor.dtype)
         return wrapped._qdata, wrapped._params
 
     @classmethod
