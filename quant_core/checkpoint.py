@@ -157,8 +157,8 @@ def check_values(key: str, field: str, tensor: Tensor) -> None:
         raise DamagedFile(f"{key}: a weight group has multiplier 0; the file is damaged")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise DamagedFile(f"{key}: holds NaN or infinity; the file is damaged")
-    # smaller ones have no finite reciprocal
-    if field in POSITIVE and not bool((tensor >= torch.finfo(torch.float32).tiny).all()):
+    # smaller ones have no finite reciprocal; in fp16 the bound itself would be 0
+    if field in POSITIVE and not bool((tensor.float() >= torch.finfo(torch.float32).tiny).all()):
         raise DamagedFile(f"{key}: holds {float(tensor.min()):g}, but scales are positive; the file is damaged")
 
 
