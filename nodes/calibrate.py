@@ -181,6 +181,8 @@ class CalibrateDiT(io.ComfyNode):
         def step(done: int, total: int, denoised) -> None:
             preview = None
             if previewer is not None and denoised is not None:
+                # of pictures and their sound the pictures
+                denoised = denoised.unbind()[0] if denoised.is_nested else denoised
                 preview = previewer.decode_latent_to_preview_image("JPEG", denoised)
             bar.update_absolute(done, total, preview)
 

@@ -18,8 +18,8 @@ from .fingerprint import tensor_fingerprint
 DEPTH = 8
 # tensors of a network that are looked at
 TENSORS = 64
-# what ComfyUI's ControlNets put down while they sample
-RUNTIME = ("cond_hint", "extra_concat", "timestep_range")
+# what ComfyUI's ControlNets put down while they sample, and a clock of its patchers
+RUNTIME = ("cond_hint", "extra_concat", "timestep_range", "_last_free_log_time")
 # id of an object -> the object, and what it was when it was first described: many change while they are used
 _known: dict[int, tuple[weakref.ref, object]] = {}
 

@@ -30,7 +30,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    count = config.stash.get(HOST_TESTS, 0)
+    skipped = terminalreporter.stats.get("skipped", [])
+    # where workers collect, only their reports come here
+    count = config.stash.get(HOST_TESTS, 0) or sum("host" in report.keywords for report in skipped)
     if count and find_host() is None:
         terminalreporter.write_line(
             f"HOST TESTS SKIPPED: {count} tests need ComfyUI; {why_no_host()}", red=True, bold=True

@@ -80,7 +80,15 @@ a red fox in fresh snow
 narrow street in Lisbon after the rain, neon signs
 watercolor of a mountain lake in autumn
 macro photograph of a dew drop on a leaf
-a robot reading a newspaper in a cafe, film still"""
+a robot reading a newspaper in a cafe, film still
+isometric drawing of a small bookshop
+an astronaut floating above a coral reef
+close-up of an owl's face, studio light
+a knight in dented armour, oil painting
+a bicycle leaning against a blue door
+storm clouds over wheat fields, wide angle
+a child's drawing of a dragon, crayons
+a glass of iced tea with lemon, product photo"""
 
 
 def your_model(model: str = "unet") -> dict:

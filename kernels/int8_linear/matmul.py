@@ -11,6 +11,7 @@ from ..backends import first_line
 from ..dispatch import cannot_launch
 
 log = logging.getLogger("dit_quant")
+warned: set[torch.device] = set()
 # AMD's data-centre cards. On others hipBLASLt lacks the product, raises, or ends the process, so that none is tried
 HIP_PRODUCTS = ("gfx90a", "gfx94", "gfx95")
 
@@ -37,10 +38,11 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
         return float_product(a, w)
 
 
-@lru_cache(maxsize=16)
 def warn_once(device: torch.device, reason: str) -> None:
-    """A model has hundreds of layers."""
-    log.warning("torch has no int8 product on %s (%s); fp32 products run instead, which is slow", device, reason)
+    """A model has hundreds of layers, and reasons name their shapes."""
+    if device not in warned:
+        warned.add(device)
+        log.warning("torch has no int8 product on %s (%s); fp32 products run instead, which is slow", device, reason)
 
 
 def padded_product(a: Tensor, w: Tensor) -> Tensor:

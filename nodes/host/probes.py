@@ -96,31 +96,32 @@ def ordinary(value):
 def ordinary_tensors(module: nn.Module, without: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Copies in place of a module's inference-mode weights and buffers, but for those of the modules `without`."""
     left = {sub for outer in without for sub in outer.modules()}
-    kept: list[tuple[dict, str, Tensor, Tensor]] = []
+    kept: list[tuple[dict, str, Tensor]] = []
     try:
         for sub in module.modules():
             if sub in left:
                 continue
-            for store, key, value in tensors_in_use(sub):
-                if value.is_inference():
+            load_again(sub)
+            for store in (sub._buffers,) if hasattr(sub, "_v") else (sub._parameters, sub._buffers):
+                for key, value in store.items():
+                    if value is None or not value.is_inference():
+                        continue
+                    kept.append((store, key, value))
                     copied = value.detach().clone()
-                    store[key] = nn.Parameter(copied, requires_grad=False) if store is sub._parameters else copied
-                    kept.append((store, key, value, store[key]))
+                    parameter = store is sub._parameters
+                    store[key] = nn.Parameter(copied, requires_grad=False) if parameter else copied
         yield
     finally:
-        for store, key, value, copied in kept:
-            # the host may have loaded others meanwhile, in memory that the first no longer have
-            if store[key] is copied:
-                store[key] = value
+        for store, key, value in kept:
+            store[key] = value
 
 
-def tensors_in_use(module: nn.Module) -> list[tuple[dict, str, Tensor]]:
-    """(where, name, tensor) of all that a module's forward reads. With dynamic VRAM the host multiplies by what it has
-    loaded; parameters are where that came from."""
-    loaded = ("_v_weight", "_v_bias") if hasattr(module, "_v") else ()
-    places = [(vars(module), loaded)] if loaded else [(module._parameters, tuple(module._parameters))]
-    places.append((module._buffers, tuple(module._buffers)))
-    return [(store, key, store[key]) for store, keys in places for key in keys if store.get(key) is not None]
+def load_again(module: nn.Module) -> None:
+    """With dynamic VRAM the host multiplies by what it has loaded, not by parameters: it is made to load what it loaded
+    in inference mode once more. Nothing is read here, for the memory may have gone to another layer."""
+    loaded = (getattr(module, name, None) for name in ("_v_weight", "_v_bias"))
+    if any(tensor is not None and tensor.is_inference() for tensor in loaded):
+        module._v_signature = None
 
 
 @contextmanager

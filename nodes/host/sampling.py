@@ -238,9 +238,15 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     if not kept:
         return inputs, outputs
     # the next pass needs the memory, and what the host holds of this node: it is read from the file as it is used
-    inputs, outputs = run.collectors(index, sigmas)
-    restore_progress(cache, inputs, key, outputs, copy=False)
-    return inputs, outputs
+    mapped = run.collectors(index, sigmas)
+    try:
+        restore_progress(cache, mapped[0], key, mapped[1], copy=False)
+    except DamagedFile as error:
+        if len(run.plan.passes) > 1:
+            raise
+        run.progress.notes.append(f"calibration cache cannot be read again: {error}")
+        return inputs, outputs
+    return mapped
 
 
 def _save(run: Run, save: Callable[[], None]) -> bool:

@@ -90,31 +90,28 @@ def qwen_image():
     return model, (torch.randn(2, 16, 1, 8, 8), torch.full((2,), 0.5), torch.randn(2, 5, 64)), {}
 
 
-def loaded(model: torch.nn.Module) -> None:
-    """What dynamic VRAM does to the modules that it manages: their weights are copies on the card."""
+def managed(model: torch.nn.Module) -> None:
+    """What dynamic VRAM makes of the modules: their weights are copies on the card, with a signature."""
     for module in model.modules():
         if hasattr(module, "comfy_cast_weights") and getattr(module, "weight", None) is not None:
-            bias = getattr(module, "bias", None)
-            module._v, module._v_weight, module._v_bias = "memory", module.weight.data.clone(), None
-            if bias is not None:
-                module._v_bias = bias.data.clone()
+            module._v, module._v_signature = "memory", None
 
 
 def weight_that_is_loaded(module, *args, offloadable=False, **options):
-    """The host's cast_bias_weight for a module that dynamic VRAM holds: nothing else can be had without a card."""
+    """The host's cast_bias_weight for a module that dynamic VRAM manages: the real one wants a card."""
     if not hasattr(module, "_v"):
         return cast_bias_weight(module, *args, offloadable=offloadable, **options)
+    if module._v_signature is None:
+        bias = getattr(module, "bias", None)
+        module._v_weight = module.weight.data.clone()
+        module._v_bias = None if bias is None else bias.data.clone()
+        module._v_signature = "there"
     given = module._v_weight, module._v_bias
     return (*given, (None, None, None)) if offloadable else given
 
 
 cast_bias_weight = comfy.ops.cast_bias_weight
 comfy.ops.cast_bias_weight = weight_that_is_loaded
-
-
-def in_use(model: torch.nn.Module) -> list[torch.Tensor]:
-    more = [getattr(m, key, None) for m in model.modules() for key in ("_v_weight", "_v_bias")]
-    return [*model.parameters(), *(value for value in more if value is not None)]
 
 
 def compared(build, dynamic: bool = False) -> dict:
@@ -125,7 +122,7 @@ def compared(build, dynamic: bool = False) -> dict:
         for value in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
             value.copy_(0.1 * torch.randn_like(value))
         if dynamic:
-            loaded(model)
+            managed(model)
     linears = {name: m for name, m in model.named_modules() if hasattr(m, "in_features")}
     shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
     chosen, _, _ = select_layers(shapes, [name for name, _ in model.named_parameters()])
@@ -146,7 +143,7 @@ def compared(build, dynamic: bool = False) -> dict:
 
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        for key in ("_v", "_v_weight", "_v_bias"):
+        for key in ("_v", "_v_signature", "_v_weight", "_v_bias"):
             vars(module).pop(key, None)
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
@@ -165,7 +162,7 @@ def compared(build, dynamic: bool = False) -> dict:
         "missing": sorted(set(layers) - set(found.moments)),
         "layers": len(layers),
         "worst": max(errors.values(), default=None),
-        "restored": all(value.is_inference() for value in in_use(model))
+        "restored": all(value.is_inference() for value in model.parameters())
         and torch.equal(after, expected)
         and not any("forward" in vars(module) for module in model.modules()),
         "recorded_once": counted == again,
