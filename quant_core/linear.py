@@ -199,7 +199,8 @@ def column_sum(codes: Tensor) -> Tensor:
 
 
 class QuantLinear(nn.Module):
-    """Drop-in for nn.Linear outside the host. `state` and `slot` say where the active group is kept."""
+    """In place of an nn.Linear outside the host; its tables stay on their device, and out of `state_dict`. `state` and
+    `slot` say where the active group is kept."""
 
     def __init__(
         self, weight: QuantizedLinear, bias: Tensor | None, state: TimestepState, slot: int, backend: str = AUTO
