@@ -3,40 +3,23 @@
 usage: python compare_detection.py PACK_ROOT FOLDER
 """
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
-ROOT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-sys.argv[1:] = ["--cpu"]
-sys.path[0] = str(Path.cwd())
+from in_host import ARGUMENTS
 
-import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
+# isort: split
+import comfy.ops
+import comfy.sd
+import torch
+from dit_quant.nodes import files
+from dit_quant.nodes.host import quantized, weights
+from dit_quant.nodes.host.detection import difference
+from dit_quant.quant_core.files import write_tensors
+from dit_quant.quant_core.metrics import relative_l2
+from dit_quant.quant_core.schemes import PRESETS
 
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-
-
-def bind_pack() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["dit_quant"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-bind_pack()
-from dit_quant.nodes import files  # noqa: E402
-from dit_quant.nodes.host import quantized, weights  # noqa: E402
-from dit_quant.nodes.host.detection import difference  # noqa: E402
-from dit_quant.quant_core.files import write_tensors  # noqa: E402
-from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
-from dit_quant.quant_core.schemes import PRESETS  # noqa: E402
-
+(FOLDER,) = map(Path, ARGUMENTS)
 KINDS = {"operations": comfy.ops.disable_weight_init, "dtype": torch.float32, "device": "cpu"}
 
 

@@ -3,28 +3,16 @@
 usage: python compare_layout.py PACK_ROOT
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(sys.argv[1])
-sys.argv[1:] = ["--cpu"]
-sys.path[0] = str(Path.cwd())
+import in_host  # noqa: F401 - its work is done by importing it
 
-import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
-
-comfy.options.enable_args_parsing()
-
-import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-sys.modules["dit_quant"] = pack = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pack)
-from dit_quant.nodes.host import layout  # noqa: E402
-from dit_quant.quant_core.convert import quantize_weight  # noqa: E402
-from dit_quant.quant_core.schemes import PRESETS  # noqa: E402
-from dit_quant.quant_core.timesteps import SINGLE_GROUP  # noqa: E402
+# isort: split
+import torch
+from dit_quant.nodes.host import layout
+from dit_quant.quant_core.convert import quantize_weight
+from dit_quant.quant_core.schemes import PRESETS
+from dit_quant.quant_core.timesteps import SINGLE_GROUP
 
 
 def devices(preset: str) -> dict[str, list[str]]:

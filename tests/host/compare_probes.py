@@ -7,36 +7,24 @@ usage: python compare_probes.py PACK_ROOT
 """
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(sys.argv[1])
-sys.argv[1:] = ["--cpu"]
-sys.path[0] = str(Path.cwd())
+import in_host  # noqa: F401 - its work is done by importing it
 
-import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
-
-comfy.options.enable_args_parsing()
-
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.flux.model import Flux  # noqa: E402
-from comfy.ldm.lumina.model import NextDiT  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper  # noqa: E402
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
-from comfy.ldm.wan.model import WanModel  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-sys.modules["dit_quant"] = pack = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pack)
-from dit_quant.nodes.host.probes import probing, training, unchanged_by_later_writes  # noqa: E402
-from dit_quant.quant_core.architectures import select_layers  # noqa: E402
-from dit_quant.quant_core.collector import Collector  # noqa: E402
-from dit_quant.quant_core.curvature import CurvatureCollector  # noqa: E402
-from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
+# isort: split
+import comfy.ops
+import torch
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
+from dit_quant.nodes.host.probes import probing, training, unchanged_by_later_writes
+from dit_quant.quant_core.architectures import select_layers
+from dit_quant.quant_core.collector import Collector
+from dit_quant.quant_core.curvature import CurvatureCollector
+from dit_quant.quant_core.metrics import relative_l2
 
 COMMON = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.manual_cast}
 

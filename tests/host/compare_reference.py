@@ -3,37 +3,18 @@
 usage: python compare_reference.py PACK_ROOT
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-ROOT = Path(sys.argv[1])
-sys.argv[1:] = ["--cpu"]
-sys.path[0] = str(Path.cwd())
+from in_host import ROOT
 
-import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
-
-comfy.options.enable_args_parsing()
-
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-
-
-def bind_pack() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["dit_quant"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-bind_pack()
-from dit_quant.demo.emoji_dit import load_emoji_dit  # noqa: E402
-from dit_quant.demo.prompts import load_prompt_table  # noqa: E402
-from dit_quant.demo.sampler import sample, seeded_noise, shifted_sigmas  # noqa: E402
-from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
+# isort: split
+import comfy.samplers
+import comfy.sd
+import torch
+from dit_quant.demo.emoji_dit import load_emoji_dit
+from dit_quant.demo.prompts import load_prompt_table
+from dit_quant.demo.sampler import sample, seeded_noise, shifted_sigmas
+from dit_quant.quant_core.metrics import relative_l2
 
 ASSETS = ROOT / "demo" / "assets"
 STEPS = 8

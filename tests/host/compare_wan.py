@@ -5,39 +5,21 @@ Also what the pack would round in every variant of Wan that the host knows, from
 usage: python compare_wan.py PACK_ROOT
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(sys.argv[1])
-sys.argv[1:] = ["--cpu"]
-sys.path[0] = str(Path.cwd())
+from in_host import ROOT, bind
 
-import comfy.options  # noqa: E402 - the host reads its arguments while it is imported
-
-comfy.options.enable_args_parsing()
-
-import comfy.latent_formats  # noqa: E402
-import comfy.model_base  # noqa: E402 - imports every variant
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.wan.model import VaceWanModel, WanModel  # noqa: E402
-from comfy.nested_tensor import NestedTensor  # noqa: E402
-
-
-def bind(name: str, path: Path, **options):
-    spec = importlib.util.spec_from_file_location(name, path, **options)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bind("dit_quant", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-from dit_quant.nodes.host.latents import first_of, flat, of_size  # noqa: E402
-from dit_quant.quant_core.architectures import select_layers  # noqa: E402
-from dit_quant.quant_core.metrics import relative_l2  # noqa: E402
+# isort: split
+import comfy.latent_formats
+import comfy.model_base  # imports every variant
+import comfy.ops
+import torch
+from comfy.ldm.wan.model import VaceWanModel, WanModel
+from comfy.nested_tensor import NestedTensor
+from dit_quant.nodes.host.latents import first_of, flat, of_size
+from dit_quant.quant_core.architectures import select_layers
+from dit_quant.quant_core.metrics import relative_l2
 
 emoji_wan = bind("emoji_wan", ROOT / "benchmarks" / "emoji_wan.py")
 SHAPE = {"dim": 256, "ffn_dim": 1024, "num_heads": 2, "text_dim": 64, "in_dim": 16, "out_dim": 16}
