@@ -12,11 +12,9 @@ import argparse
 import copy
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +40,7 @@ from dit_quant.quant_core.linear import QuantizedLinear
 from dit_quant.quant_core.schemes import PRESETS, Rounding, Shift
 from dit_quant.quant_core.timesteps import TimestepState
 from fake_linear import Layer, fake_copy, unrounded
+from provenance import provenance
 from quality import Setting, measure, ratio_interval
 from roundings import (
     NF4,
@@ -271,8 +270,7 @@ def run(prompts: int, steps: int, calibration_prompts: int, only: str) -> dict:
             print(report_line(rows[-1]), flush=True)
     return {
         "model": "emoji",
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant")},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance(),
         "settings": {
             "evaluation_prompts": list(evaluation.names),
             "calibration_prompts": calibration_prompts,

@@ -8,14 +8,11 @@ than LIMITS times the sampling.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from dit_quant.demo.emoji_dit import load_emoji_dit
 from dit_quant.demo.experiment import (
     COVARIANCE_LIMIT,
@@ -29,6 +26,7 @@ from dit_quant.demo.experiment import (
 )
 from dit_quant.demo.prompts import load_prompt_table
 from dit_quant.quant_core.schemes import PRESETS
+from provenance import provenance
 from torch import nn
 
 ASSETS = Path(__file__).resolve().parents[1] / "demo" / "assets"
@@ -104,8 +102,7 @@ def main() -> None:
     prompts = prepare(table, spread(list(table.prompts[0::2]), count, "calibration"), 0)
     result = {
         "model": "emoji",
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "scipy", "dit-quant")},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance("scipy"),
         "settings": {
             "prompts": count,
             "steps": steps,

@@ -11,10 +11,8 @@ Calibrated as in quality.py. Prompts are those that calibration never saw, each 
 
 import argparse
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,7 @@ from features import (
     perceptual_distance,
 )
 from off_grid import Method
+from provenance import provenance
 from quality import BASELINES, DRAWS, MODELS, WAN, calibrated, ratio_interval, updated, wanted
 from rivals import rivals
 from scipy import stats
@@ -183,8 +182,7 @@ def run(
         report_line(row(label, figures))
     return {
         "model": name,
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant", "comfy-kitchen", *PACKAGES)},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance("comfy-kitchen", *PACKAGES),
         "settings": {
             "samples": samples,
             "prompts": int(order.max()) + 1,

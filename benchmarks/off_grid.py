@@ -8,10 +8,8 @@ same condition from the same noise. Models, rivals and intervals are those of qu
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from dit_quant.demo.experiment import (
 from dit_quant.demo.sampler import Velocity, guided_velocity, seeded_noise, shifted_sigmas
 from dit_quant.quant_core.calibration import Calibration
 from dit_quant.quant_core.schemes import PRESETS
+from provenance import provenance
 from quality import MODELS, WAN, Setting, calibrated, per_prompt_velocity, relative_rows, row, updated, wanted
 from rivals import rivals
 from samplers import SAMPLERS
@@ -178,8 +177,7 @@ def run(name: str, prompts: int, steps: int, calibration_prompts: int, final: bo
             report_line(condition.name, label, found)
     return {
         "model": name,
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant", "comfy-kitchen")},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance("comfy-kitchen"),
         "settings": {
             "evaluation_prompts": names,
             "calibration_prompts": calibration_prompts,

@@ -8,11 +8,8 @@ trained DiTs. Their prompts are alike; what people write is not, so that these a
 
 import argparse
 import json
-import platform
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from dit_quant.demo.experiment import (
     Sampling,
     prepare,
@@ -22,6 +19,7 @@ from dit_quant.demo.experiment import (
     velocity_error,
 )
 from dit_quant.quant_core.schemes import PRESETS
+from provenance import provenance
 from quality import WAN, calibrated
 
 SCHEMES = ("W8A8", "W8A8 static", "W4A8")
@@ -41,23 +39,6 @@ def errors(name: str, count: int, evaluated: int, sampling: Sampling, wan: Path)
     return found
 
 
-def table(result: dict) -> str:
-    """A row for every number of prompts, a column for every model and preset."""
-    models = {"emoji": "SD3 layout", "emoji_wan": "Wan layout"}
-    columns = [(model, scheme) for model in result["models"] for scheme in SCHEMES]
-    lines = ["| prompts | " + " | ".join(f"{models[model]}, {scheme}" for model, scheme in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for count in map(str, result["settings"]["counts"]):
-        cells = [f"{result['models'][model][count][scheme]:.4f}" for model, scheme in columns]
-        lines.append(f"| {count} | " + " | ".join(cells) + " |")
-    settings, versions = result["settings"], result["versions"]
-    lines.append(
-        f"\nVelocity error on {settings['evaluated']} prompts that calibration never saw, {settings['steps']} steps; "
-        f"torch {versions['torch']}, CPU."
-    )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wan", type=Path, default=WAN, help="folder that train_fixture.py --layout wan wrote")
@@ -72,8 +53,7 @@ def main() -> None:
             models.setdefault(name, {})[str(count)] = found
             print(f"{name}, {count} prompts: " + ", ".join(f"{s} {e:.4f}" for s, e in found.items()), flush=True)
     result = {
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "scipy", "dit-quant")},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance("scipy"),
         "settings": {"counts": list(counts), "steps": steps, "evaluated": evaluated},
         "models": models,
     }

@@ -14,10 +14,8 @@ another network (features.py), beside SSIM; frechet.py measures the Frechet dist
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +57,7 @@ from emoji_wan import EmojiWan, load_emoji_wan
 from features import installed, perceptual_distance
 from planted import drifting, function_difference, mean_and_variance, plant, plant_wan
 from planted_drift import mean_drift
+from provenance import provenance
 from rivals import rivals
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
@@ -300,8 +299,7 @@ def run(
         report_line(method, bits[method], figures[method])
     return {
         "model": name,
-        "versions": {p: metadata.version(p) for p in ("torch", "numpy", "dit-quant", "comfy-kitchen")},
-        "machine": {"processor": platform.processor() or platform.machine(), "torch_threads": torch.get_num_threads()},
+        **provenance("comfy-kitchen"),
         "settings": {
             "evaluation_prompts": list(evaluation.names),
             "calibration_prompts": calibration_prompts,
