@@ -119,7 +119,7 @@ def _choose(key: Key) -> Choice:
         if reason is None:
             choice = _choices[key] = Choice(shape.op, name, tuple(refusals))
             if wanted not in (AUTO, name) and refusals and wanted not in failed:
-                _warn(f"{shape.op}: {wanted} was asked for, but refuses ({refusals[0][1]}); {name} runs instead")
+                warn_once(f"{shape.op}: {wanted} was asked for, but refuses ({refusals[0][1]}); {name} runs instead")
             return choice
         refusals.append((name, reason))
     raise RuntimeError(f"{shape.op}: no backend runs {shape}: " + "; ".join(f"{n}: {r}" for n, r in refusals))
@@ -167,7 +167,7 @@ def _run_next(key: Key, broken: str, error: Exception, args: tuple, kwargs: dict
             continue
         for name, reason in choice.refusals:
             if name in _failed.get(key, {}) and name not in known:
-                _warn(f"{choice.op}: {name} {reason}; {choice.backend} runs instead")
+                warn_once(f"{choice.op}: {name} {reason}; {choice.backend} runs instead")
         return result
 
 
@@ -178,8 +178,8 @@ def _forget(key: Key, failed: dict[str, str]) -> None:
         table.pop(key, None)
 
 
-def _warn(text: str) -> None:
-    """Once per text: a model has hundreds of layers of few shapes."""
-    if text not in _warned:
-        _warned.add(text)
+def warn_once(text: str, about: str | None = None) -> None:
+    """Once per text, or what it is `about`: a model has hundreds of layers of few shapes."""
+    if (about or text) not in _warned:
+        _warned.add(about or text)
         log.warning("%s", text)

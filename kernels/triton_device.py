@@ -13,9 +13,11 @@ MIN_CAPABILITY = (8, 0)
 # the first one that takes tuples in which operands are absent; torch 2.8 comes with it
 OLDEST_TRITON = (3, 4)
 AS_IT_IS = nullcontext()
-NOT_INSTALLED = "triton is not installed; install triton-windows, in the version for your torch"
-if sys.platform != "win32":
-    NOT_INSTALLED = "triton is not installed; torch brings it on Linux: install torch again"
+NOT_INSTALLED = "triton is not installed; " + (
+    "install triton-windows, in the version for your torch"
+    if sys.platform == "win32"
+    else "torch brings it on Linux: install torch again"
+)
 
 
 def interpreted() -> bool:

@@ -98,7 +98,7 @@ def load_quantized(path: Path, disable_dynamic: bool = False):
             f"{path.name}: {found} quantized layers of {described.get('layers', 'some')} are there: the file is damaged"
         )
     for key, value in state.items():
-        # the tables of quantized layers are looked at one by one
+        # of the tables of quantized layers more is asked, one by one
         if value.is_floating_point() and bool(torch.isnan(value.float() if value.element_size() == 1 else value).any()):
             raise DamagedFile(f"{path.name}: {key} holds NaN: the file is damaged")
     try:

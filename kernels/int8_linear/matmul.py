@@ -1,6 +1,5 @@
 """int8 x int8 -> int32, exact whatever the device has."""
 
-import logging
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -8,10 +7,8 @@ import torch
 from torch import Tensor
 
 from ..backends import first_line
-from ..dispatch import cannot_launch
+from ..dispatch import cannot_launch, warn_once
 
-log = logging.getLogger("dit_quant")
-warned: set[torch.device] = set()
 # AMD's data-centre cards. On others hipBLASLt lacks the product, raises, or ends the process, so that none is tried
 HIP_PRODUCTS = ("gfx90a", "gfx94", "gfx95")
 
@@ -34,15 +31,9 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     except RuntimeError as error:
         if a.device.type == "cpu" or not cannot_launch(error):
             raise
-        warn_once(a.device, first_line(error))
+        lacking = f"torch has no int8 product on {a.device}"
+        warn_once(f"{lacking} ({first_line(error)}); fp32 products run instead, which is slow", about=lacking)
         return float_product(a, w)
-
-
-def warn_once(device: torch.device, reason: str) -> None:
-    """A model has hundreds of layers, and reasons name their shapes."""
-    if device not in warned:
-        warned.add(device)
-        log.warning("torch has no int8 product on %s (%s); fp32 products run instead, which is slow", device, reason)
 
 
 def padded_product(a: Tensor, w: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def library() -> Library | str:
             except (OSError, AttributeError):
                 # damaged in the cache, if it was whole when it was compiled; or nothing may be executed there
                 path.unlink(missing_ok=True)
-                return loaded(built(kept=False), team)
+                return loaded(built(keep=False), team)
     except (OSError, AttributeError, RuntimeError) as error:
         return first_line(error)
 
@@ -164,17 +164,17 @@ def amx_refusal() -> str | None:
     return f"Linux refuses the registers of AMX: {os.strerror(ctypes.get_errno())}" if refused else None
 
 
-def built(kept: bool = True) -> Path:
-    """The shared library with what this CPU has; kept: in the user's cache. Raises as `compiled`."""
+def built(keep: bool = True) -> Path:
+    """The shared library with what this CPU has; keep: in the user's cache. Raises as `compiled`."""
     # a home may be shared by machines, and CC may name options that suit this one
     reason, machine = amx_refusal(), " ".join(sorted(cpu_flags()))
     if reason is None:
         try:
-            return compiled((*OPTIONS, *AMX_OPTIONS), machine, kept)
+            return compiled((*OPTIONS, *AMX_OPTIONS), machine, keep)
         except RuntimeError as error:
             # compilers before 2021 do not know it
             reason = first_line(error)
-    path = compiled(OPTIONS, machine, kept)
+    path = compiled(OPTIONS, machine, keep)
     if cpu_flags().issuperset(AMX_FLAGS):
         log.warning("products on the CPU do without AMX, at about half the speed: %s", reason)
     return path

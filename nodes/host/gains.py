@@ -29,13 +29,20 @@ def cached_gains(
     with torch.inference_mode():
         for name, gain in measure_gains(layers, weights, sample, gains):
             gains[name] = gain
-            try:
-                _write(path, key, gains)
-            except OSError as error:
-                note = f"sensitivity not kept for another time: {error.strerror or error}"
-                if note not in notes:
-                    notes.append(note)
+            kept(lambda: _write(path, key, gains), "sensitivity not kept for another time", notes)
     return gains
+
+
+def kept(save: Callable[[], None], otherwise: str, notes: list[str]) -> bool:
+    """Whether `save` worked; where a disk is full or a folder cannot be written to, a note says so, once."""
+    try:
+        save()
+    except OSError as error:
+        note = f"{otherwise}: {error.strerror or error}"
+        if note not in notes:
+            notes.append(note)
+        return False
+    return True
 
 
 def _read(path: Path, key: str, notes: list[str]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from ...quant_core.identity import describe
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
 from .attached import refuse_bypass, refuse_hooks, uncompiled
-from .gains import cached_gains
+from .gains import cached_gains, kept
 from .latents import first_of, flat, of_size
 from .probes import probing
 from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders
@@ -221,8 +221,8 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     cache, key = run.cache(index), run.key + run.part(index)
     prompts = len(run.positive)
     done = _resume(run, index, inputs, outputs, key)
-    kept = done == prompts
-    if not kept:
+    complete = done == prompts
+    if not complete:
         sampled = hooked_clone(run.patcher, inputs, outputs, run.progress.notes)
         layers = {name: run.layers[name] for name in run.plan.passes[index]}
         saved, cost = time.monotonic(), 0.0
@@ -232,10 +232,10 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
                 _sample(sampled, run, i, index * prompts + i)
                 if i + 1 == prompts or time.monotonic() - saved >= SAVING_SHARE * cost:
                     start = time.monotonic()
-                    kept = _save(run, lambda i=i: save_progress(cache, inputs, key, i + 1, outputs))
+                    complete = _save(run, lambda i=i: save_progress(cache, inputs, key, i + 1, outputs))
                     saved = time.monotonic()
                     cost = saved - start
-    if not kept:
+    if not complete:
         return inputs, outputs
     # the next pass needs the memory, and what the host holds of this node: it is read from the file as it is used
     mapped = run.collectors(index, sigmas)
@@ -251,16 +251,10 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
 
 def _save(run: Run, save: Callable[[], None]) -> bool:
     """Whether it worked. A disk without room ends the run only where later passes read what this one has found."""
-    try:
+    if len(run.plan.passes) > 1:
         save()
-    except OSError as error:
-        if len(run.plan.passes) > 1:
-            raise
-        note = f"not kept for another time: {error.strerror or error}"
-        if note not in run.progress.notes:
-            run.progress.notes.append(note)
-        return False
-    return True
+        return True
+    return kept(save, "not kept for another time", run.progress.notes)
 
 
 def _resume(run: Run, index: int, inputs: Collector, outputs: CurvatureCollector, key: str) -> int:

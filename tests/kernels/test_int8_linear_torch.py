@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dit_quant.kernels import dispatch
 from dit_quant.kernels.int8_linear import matmul, reference, torch_impl
 from host_location import ROOT
 
@@ -118,7 +119,7 @@ def test_a_routine_that_cannot_be_launched_is_replaced_with_one_warning(monkeypa
     monkeypatch.setattr(matmul, "padded_product", lacking)
     monkeypatch.setattr(matmul, "float_product", lambda a, w: "exact")
     a = torch.zeros(3, 16, dtype=torch.int8).as_subclass(ElsewhereThan)
-    monkeypatch.setattr(matmul, "warned", set())
+    dispatch.reset()
     assert [matmul.int8_matmul(a, a) for _ in range(2)] == ["exact"] * 2
     assert [record.getMessage() for record in caplog.records] == [
         "torch has no int8 product on cuda:0 (HIPBLAS_STATUS_NOT_SUPPORTED when calling "
