@@ -54,7 +54,7 @@ def test_dynamic_ranges_are_bit_equal(M, K, rows, symmetric):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tables", [{"shift"}, {"smooth"}, {"shift", "smooth"}], ids="+".join)
+@pytest.mark.parametrize("tables", [("shift",), ("smooth",), ("shift", "smooth")], ids="+".join)
 @pytest.mark.parametrize(
     "ranges",
     [{}, {"symmetric": False}, {"static_scale": STATIC}, {"static_scale": STATIC, "static_zero": ZERO}],
