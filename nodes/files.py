@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..kernels.dispatch import cannot_launch
 from ..quant_core.checkpoint import CONFIG_KEY, VERSION
 from ..quant_core.files import DamagedFile, read_header, write_tensors
+from ..quant_core.report import warnings_first
 from .host.attached import not_in_a_file, refuse_bypass
 from .host.backends import plan_backends
 from .host.build import absent_from, build_model, quantized_names
@@ -132,8 +133,7 @@ class LoadQuantizedDiT(io.ComfyNode):
                     tooltip="A file in models/diffusion_models or output/diffusion_models.",
                 )
             ],
-            outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
         )
 
     @classmethod
@@ -145,5 +145,6 @@ class LoadQuantizedDiT(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         model = load_quantized(Path(folder_paths.get_full_path_or_raise("diffusion_models", file)))
-        plan_backends(model, cls.hidden.unique_id)
-        return io.NodeOutput(model)
+        plans, lines = plan_backends(model)
+        text = "\n".join([f"{len(plans)} quantized layers", *warnings_first(lines)])
+        return io.NodeOutput(model, text, ui=ui.PreviewText(text))

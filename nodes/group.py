@@ -58,4 +58,5 @@ class GroupTimesteps(io.ComfyNode):
         if grouping.automatic:
             text += "; a preset that needs fewer groups, or more, cuts the same tree elsewhere and reports it"
         result = dataclasses.replace(calibration, grouping=grouping)
-        return io.NodeOutput(result, plot, text, ui=ui.PreviewImage(plot, cls=cls))
+        shown = ui.PreviewImage(plot, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
+        return io.NodeOutput(result, plot, text, ui=shown)

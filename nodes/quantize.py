@@ -125,7 +125,7 @@ class QuantizeDiT(io.ComfyNode):
 
         skipped = skip_matching(layers, skip_layers)
         result, report = quantize(model, scheme, calibration, skipped, progress, size, backend)
-        plans, lines = plan_backends(result, cls.hidden.unique_id, backend)
+        plans, lines = plan_backends(result, backend)
         lines += idle_patterns(layers, skip_layers)
         text = with_backends(report, plans, lines).text()
         return io.NodeOutput(result, text, ui=ui.PreviewText(text))

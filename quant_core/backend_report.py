@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels.backends import Shape
 from ..kernels.dispatch import Choice, plan
 from .linear import QuantizedLinear, quant_linear
-from .report import QuantReport
+from .report import WARNING, QuantReport
 from .timesteps import TimestepState
 
 # tokens of a picture of 1024 x 1024
@@ -54,7 +54,7 @@ class Comparison:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        warning = "warning: slower than full precision: " if self.is_slower else ""
+        warning = f"{WARNING}slower than full precision: " if self.is_slower else ""
         return (
             f"{warning}{self.name} takes {self.factor:.2f} times as long on backend {self.plan} as in {dtype} "
             f"({self.tokens} tokens, measured)"

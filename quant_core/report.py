@@ -7,6 +7,8 @@ from .budget import Choice
 
 # names in a line of a report
 SHOWN = 6
+# how a line begins that nobody should overlook
+WARNING = "warning: "
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,16 @@ class QuantReport:
             f"{self.groups} timestep group{'s' if self.groups != 1 else ''}, {self.directions_text}"
             f"{self.nbytes / 2**20:.1f} MB instead of {2 * self.weights / 2**20:.1f} MB in 16 bits"
         ]
-        lines += list(self.notes)
+        lines += warnings_first(self.notes)
         noted = by_text((layer.note, layer.name) for layer in self.layers if layer.note)
         kept = by_text((layer.reason, layer.name) for layer in self.skipped)
         lines += [f"{names}: {note}" for note, names in noted.items()]
         lines += [f"kept in floating point ({reason}): {names}" for reason, names in kept.items()]
         return "\n".join(lines)
+
+
+def warnings_first(lines: Iterable[str]) -> list[str]:
+    return sorted(lines, key=lambda line: not line.startswith(WARNING))
 
 
 def by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -120,7 +120,6 @@ def your_model(model: str = "unet") -> dict:
         ),
         "decode": node("VAEDecode", samples=link("sampler"), vae=link("vae")),
         "save": node("SaveImage", images=link("decode"), filename_prefix="dit_quant"),
-        "plot": node("PreviewImage", images=link("group", 1)),
     }
 
 
@@ -142,12 +141,8 @@ def workflows() -> dict[str, dict]:
     """File name -> API prompt."""
     loader = {"loader": node("DiTQuantLoadEmoji")}
     saved = node("DiTQuantSave", model=link("quantize"), filename_prefix="diffusion_models/emoji_w8a8")
-    plot = node("PreviewImage", images=link("group", 1))
     return {
-        "calibrate_quantize_sample": loader
-        | quantizing("loader", "W8A8")
-        | sampling("quantize")
-        | {"plot": plot, "file": saved},
+        "calibrate_quantize_sample": loader | quantizing("loader", "W8A8") | sampling("quantize") | {"file": saved},
         "load_quantized_sample": {"loader": node("DiTQuantLoad", file="emoji_w8a8_00001_.safetensors")}
         | sampling("loader"),
         "quantize_your_model": your_model(),
@@ -160,7 +155,29 @@ TITLES = {
     "calibration_prompts": "Calibration prompts",
     "prompt": "Prompt",
     "empty": "Negative prompt (empty)",
-    "plot": "Groups and drift",
+}
+
+# pixels for the reports, pictures and plots that nodes show after a run
+ROOM = {
+    "DiTQuantCalibrate": 130,
+    "DiTQuantGroupTimesteps": 330,
+    "DiTQuantLoad": 150,
+    "DiTQuantQuantize": 260,
+    "DiTQuantSave": 100,
+    "SaveImage": 320,
+}
+
+
+def at_comfy_org(folder: str, name: str) -> dict:
+    """Where the frontend offers to download a missing file from: as in ComfyUI's own template for this model."""
+    files = "https://huggingface.co/Comfy-Org/z_image_turbo/resolve/main/split_files"
+    return {"name": name, "url": f"{files}/{folder}/{name}", "directory": folder}
+
+
+DOWNLOADS = {
+    "unet": at_comfy_org("diffusion_models", "z_image_turbo_bf16.safetensors"),
+    "clip": at_comfy_org("text_encoders", "qwen_3_4b.safetensors"),
+    "vae": at_comfy_org("vae", "ae.safetensors"),
 }
 
 
@@ -176,10 +193,13 @@ def main() -> None:
     for name, prompt in workflows().items():
         bypassed, prompt = BYPASSED.get(name, (None, prompt))
         titles = {str(i): TITLES[key] for i, key in enumerate(prompt, start=1) if key in TITLES}
-        workflow = from_prompt(numbered(prompt), definitions, titles=titles)
+        workflow = from_prompt(numbered(prompt), definitions, titles=titles, room=ROOM)
         for each in workflow["nodes"]:
-            if list(prompt)[each["id"] - 1] == bypassed:
+            key = list(prompt)[each["id"] - 1]
+            if key == bypassed:
                 each["mode"] = BYPASS
+            if key in DOWNLOADS:
+                each["properties"]["models"] = [DOWNLOADS[key]]
         (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
 
 

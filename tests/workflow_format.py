@@ -174,14 +174,20 @@ def numbered(prompt: dict) -> dict:
     }
 
 
-def from_prompt(prompt: dict, object_info: dict, positions: dict | None = None, titles: dict | None = None) -> dict:
+def from_prompt(
+    prompt: dict,
+    object_info: dict,
+    positions: dict | None = None,
+    titles: dict | None = None,
+    room: dict | None = None,
+) -> dict:
     """An API prompt -> a workflow that the frontend opens.
 
     `positions` maps node ids to [x, y]; nodes without one are laid out left to right by depth. `titles` maps node ids
-    to titles (default: the prompt's `_meta`). `to_prompt` of the result is `with_defaults(prompt)` without `_meta`:
-    the prompt itself, where it names every widget.
+    to titles (default: the prompt's `_meta`), `room` types to pixels for what they show after a run. `to_prompt` of the
+    result is `with_defaults(prompt)` without `_meta`: the prompt itself, where it names every widget.
     """
-    positions, titles = positions or {}, titles or {}
+    positions, titles, room = positions or {}, titles or {}, room or {}
     if not all(node_id.isdecimal() for node_id in prompt):
         raise ValueError("workflow node ids are integers; pass the prompt through numbered() first")
     prompt = with_defaults(prompt, object_info)
@@ -193,6 +199,7 @@ def from_prompt(prompt: dict, object_info: dict, positions: dict | None = None, 
     for order, node_id in enumerate(ids):
         node, column = nodes[node_id], depths[node_id]
         y = bottoms.get(column, TOP)
+        node["size"][1] += room.get(node["type"], 0)
         bottoms[column] = y + node["size"][1] + GAP
         node["pos"] = list(positions.get(node_id, (TOP + column * COLUMN_WIDTH, y)))
         node["order"] = order

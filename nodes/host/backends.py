@@ -1,10 +1,9 @@
-"""What will multiply a quantized MODEL's layers on this machine, and a warning on the node where that is slow."""
+"""What will multiply a quantized MODEL's layers on this machine, and a warning where that is slow."""
 
 import logging
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from server import PromptServer
 
 from ...quant_core.backend_report import LayerPlan, compare_largest, describe, plan_layers
 from .build import FLOATS, quantized_layers
@@ -19,13 +18,11 @@ def inference_dtype(patcher: ModelPatcher) -> torch.dtype:
     return dtype if dtype in FLOATS else torch.bfloat16
 
 
-def plan_backends(
-    patcher: ModelPatcher, node_id: str | None, backend: str = "auto"
-) -> tuple[dict[str, LayerPlan], list[str]]:
+def plan_backends(patcher: ModelPatcher, backend: str = "auto") -> tuple[dict[str, LayerPlan], list[str]]:
     """The backends of every layer on the device that the host will load the MODEL on, and lines for a report.
 
     The largest layer is timed, even on a fast backend: small layers on a fast card do not gain. Slower than full
-    precision is a warning in the lines, in the log, and on the node.
+    precision is a warning in the lines and in the log.
     """
     modules = quantized_layers(patcher.model.diffusion_model)
     layers = {name: unwrap(module.weight) for name, module in modules.items()}
@@ -39,6 +36,4 @@ def plan_backends(
         text = str(comparison)
         lines.append(text)
         log.log(logging.WARNING if comparison.is_slower else logging.INFO, "%s", text)
-        if comparison.is_slower and node_id is not None:
-            PromptServer.instance.send_progress_text(text, node_id)
     return plans, lines

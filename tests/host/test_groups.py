@@ -66,7 +66,10 @@ def traces(host_server) -> Traces:
         prompt |= p.trace("quantized", name) | p.sample(f"{name} traced", name, **{"steps": STEPS, **changes})
     prompt |= p.trace("smooth model", "interpolated")
     prompt |= p.sample("interpolated traced", "interpolated", steps=STEPS, sampler_name="dpmpp_sde")
-    host_server.run(prompt)
+    history = host_server.run(prompt)
+    # the node shows both
+    assert len(history.outputs["groups"]["images"]) == 1
+    assert p.report(history, "groups").startswith(f"{GROUPS} groups, ")
     calls = {}
     for name in (*SAMPLERS, "interpolated"):
         lines = (host_server.output / "traces" / f"{name}.jsonl").read_text().splitlines()

@@ -1,5 +1,8 @@
 """The pack as the frontend sees it: names, tooltips, help."""
 
+import json
+import re
+
 import pytest
 from host_location import PACK_FOLDER, ROOT
 
@@ -47,6 +50,13 @@ def test_help_page_is_served(host_server, name):
     page = host_server.read(f"/extensions/{PACK_FOLDER}/docs/{name}.md").decode()
     assert NODES[name].removesuffix(" (demo)") in page
     assert len(page) > 100
+
+
+def test_the_frontend_is_given_the_script_that_shows_reports(host_server):
+    path = f"/extensions/{PACK_FOLDER}/report.js"
+    assert path in json.loads(host_server.read("/extensions"))
+    script = host_server.read(path).decode()
+    assert all(name.startswith(re.search(r'PREFIX = "(\w+)"', script)[1]) for name in NODES)
 
 
 def test_nodes_are_v3():

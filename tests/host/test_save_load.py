@@ -25,19 +25,27 @@ def header(path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def reloaded(presets, fresh_server):
-    """Latents of the saved presets, loaded in a process that has never seen them."""
+def reloading(presets, fresh_server):
+    """The saved presets loaded and sampled in a process that has never seen them."""
     names = ("W8A8", "W4A8", "htg_paper")
     prompt = p.texts()
     for name in names:
         prompt |= p.load(name, f"{name} model") | p.sample(f"{name} model", f"{name} reloaded")
-    latents = fresh_server.latents(fresh_server.run(prompt))
-    return {name: latents[f"{name} reloaded"] for name in names}
+    return fresh_server.run(prompt)
 
 
 @pytest.mark.parametrize("preset", ["W8A8", "W4A8", "htg_paper"])
-def test_fresh_process_gives_the_same_bits(presets, reloaded, preset):
-    assert torch.equal(reloaded[preset], presets.latents[preset])
+def test_fresh_process_gives_the_same_bits(presets, fresh_server, reloading, preset):
+    latents = fresh_server.latents(reloading)
+    assert torch.equal(latents[f"{preset} reloaded"], presets.latents[preset])
+
+
+def test_load_says_what_runs_on_this_machine(reloading):
+    """Whoever was given a file has no other report."""
+    first, *lines = p.report(reloading, "W4A8 model").splitlines()
+    assert first == "29 quantized layers"
+    assert any(line.startswith("int4_linear on cpu: ") for line in lines)
+    assert sum("times as long" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("preset", SIZES)

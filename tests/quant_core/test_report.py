@@ -35,6 +35,12 @@ def test_text_names_every_fallback_and_reason():
         assert part in text
 
 
+def test_warnings_come_first():
+    notes = ("family SD3", "warning: slower", "int8_linear on cpu", "warning: and more")
+    lines = QuantReport("W8A8", LAYERS, SKIPPED, notes).text().splitlines()
+    assert lines[1:5] == ["warning: slower", "warning: and more", "family SD3", "int8_linear on cpu"]
+
+
 def test_json_is_json():
     data = QuantReport("W8A8", LAYERS, SKIPPED).to_json()
     assert json.loads(json.dumps(data))["layers"][1]["note"] == "a fallback"
