@@ -61,10 +61,10 @@ class Comparison:
         )
 
 
-def plan_layer(
-    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, backend: str = "auto", tokens: int | None = None
-) -> LayerPlan:
-    """The backends of a layer whose input and output are of `dtype`. The same shapes as `quant_linear` asks for."""
+def shapes_of(
+    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, tokens: int | None = None
+) -> tuple[Shape, Shape]:
+    """What `quant_linear` asks for, of the quantizer and of the product; input and output are of `dtype`."""
     N, K = layer.features
     tokens = tokens or tokens_on(device)
     static = layer.static_scale is not None
@@ -72,7 +72,14 @@ def plan_layer(
     op = "quantize_activation" if layer.directions is None else "quantize_along"
     quantizer = Shape(op, device, dtype, tokens, K, None, None, layer.hadamard, symmetric, static)
     op, group_size = ("int8_linear", None) if layer.levels is None else ("int4_linear", layer.group_size)
-    product = Shape(op, device, dtype, tokens, K, N, group_size, 1, symmetric)
+    return quantizer, Shape(op, device, dtype, tokens, K, N, group_size, 1, symmetric)
+
+
+def plan_layer(
+    layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, backend: str = "auto", tokens: int | None = None
+) -> LayerPlan:
+    """The backends of a layer whose input and output are of `dtype`."""
+    quantizer, product = shapes_of(layer, device, dtype, tokens)
     return LayerPlan(plan(quantizer, backend), plan(product, backend))
 
 
@@ -116,9 +123,9 @@ def compare_largest(
 ) -> Comparison | None:
     """Times the largest layer against F.linear in `dtype`: of those with a fallback, where there are any.
 
-    Afterwards it is known whether its kernels can be launched, and plans made then tell. Under a second, and the
-    compilation that the first step would wait for. None without layers, without memory to measure, or where the device
-    has no such product.
+    Afterwards it is known whether its kernels can be launched, and plans made then tell; where one cannot be, layers
+    of every other kind are run as well, for most reasons hold for all. Under a second, and the compilation that the
+    first step would wait for. None without layers, without memory to measure, or where the device has no such product.
     """
     slow = [name for name in layers if {plans[name].quantizer.backend, plans[name].product.backend} & {*FALLBACKS}]
     name = max(slow or layers, key=lambda n: (layers[n].features[0] * layers[n].features[1], n), default=None)
@@ -127,16 +134,20 @@ def compare_largest(
     tokens = tokens_on(device)
     try:
         factor = _factor(layers[name], device, dtype, tokens, backend)
+        ran = plan_layer(layers[name], device, dtype, backend)
+        if ran != plans[name]:
+            kinds = {shapes_of(layer, device, dtype): layer for layer in layers.values()}
+            for layer in kinds.values():
+                _caller(layer, *_inputs(layer, device, dtype, tokens), backend)()
     except (torch.OutOfMemoryError, NotImplementedError):
         return None
-    return Comparison(name, tokens, factor, plan_layer(layers[name], device, dtype, backend), dtype)
+    return Comparison(name, tokens, factor, ran, dtype)
 
 
 def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, tokens: int, backend: str) -> float:
     """Seconds of the quantized layer / seconds of F.linear."""
     N, K = layer.features
-    x = torch.randn(tokens, K, device=device, dtype=dtype)
-    bias = torch.zeros(N, device=device, dtype=dtype)
+    x, bias = _inputs(layer, device, dtype, tokens)
 
     def full_precision() -> float:
         # its weight is gone when the other is measured; not of ones, on which a card is faster
@@ -144,10 +155,21 @@ def _factor(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, to
         return _seconds(lambda: nn.functional.linear(x, weight, bias), device)
 
     full = full_precision()
-    moved = layer.map(lambda tensor: tensor.to(device))
+    return _seconds(_caller(layer, x, bias, backend), device) / full
+
+
+def _inputs(layer: QuantizedLinear, device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
+    """x [tokens, K] and a bias [N]."""
+    N, K = layer.features
+    return torch.randn(tokens, K, device=device, dtype=dtype), torch.zeros(N, device=device, dtype=dtype)
+
+
+def _caller(layer: QuantizedLinear, x: Tensor, bias: Tensor, backend: str) -> Callable[[], Tensor]:
+    """The layer on the device of x, in its first timestep group."""
+    moved = layer.map(lambda tensor: tensor.to(x.device))
     state = TimestepState([layer.groups])
-    state.to(device)
-    return _seconds(lambda: quant_linear(x, moved, bias, *state.select(0), backend), device) / full
+    state.to(x.device)
+    return lambda: quant_linear(x, moved, bias, *state.select(0), backend)
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:

@@ -140,13 +140,15 @@ def test_a_layer_without_a_fast_kernel_is_measured_first(monkeypatch):
     layers = {"odd": layer("rtn_w8a8", 16)[0], "large": layer("rtn_w8a8", 64)[0]}
     plans = plans_of("triton", ["large"]) | plans_of("torch", ["odd"])
     monkeypatch.setattr(backend_report, "_factor", lambda *given: 2.5)
+    monkeypatch.setattr(backend_report, "plan_layer", lambda *given: plans["odd"])
     found = compare_largest(layers, plans, CUDA, torch.bfloat16)
     assert found is not None
     assert found.name == "odd"
 
 
 def test_a_backend_that_fails_at_launch_is_not_the_one_that_is_told(monkeypatch):
-    """Whether a kernel can be compiled is known when it has been launched, which the comparison does."""
+    """Whether a kernel can be compiled is known when it has been launched, which the comparison does: for all kinds of
+    layers, where the largest could not be, since one without a compiler can launch none."""
     real = dispatch.load
 
     def fails(*args, **kwargs):
@@ -156,15 +158,21 @@ def test_a_backend_that_fails_at_launch_is_not_the_one_that_is_told(monkeypatch)
         return Implementation(fails, lambda shape: None) if backend == "torch" else real(op, backend)
 
     monkeypatch.setattr(dispatch, "load", load)
-    layers = {"a": layer("rtn_w8a8")[0]}
+    layers = {"a": layer("rtn_w8a8")[0], "as a": layer("rtn_w8a8")[0], "small": layer("rtn_w8a8", 48, 32)[0]}
     given = (CPU, torch.float32, "torch")
     plans = plan_layers(layers, *given)
-    assert str(plans["a"]) == "torch"
+    assert {str(each) for each in plans.values()} == {"torch"}
+    ran = []
+    real_linear = backend_report.quant_linear
+    monkeypatch.setattr(backend_report, "quant_linear", lambda x, *more: ran.append(x.shape) or real_linear(x, *more))
     found = compare_largest(layers, plans, *given)
     assert found is not None
     assert "torch" not in str(found.plan)
     line, _ = describe(plan_layers(layers, *given), CPU)
-    assert line == f"int8_linear on cpu: {found.plan}, 1 layer; torch: failed at launch: RuntimeError: no compiler"
+    assert line == f"int8_linear on cpu: {found.plan}, 3 layers; torch: failed at launch: RuntimeError: no compiler"
+    # one of each kind
+    assert len(set(ran)) == 2
+    assert [shape[1] for shape in ran].count(layers["small"].features[1]) == 1
 
 
 def test_no_memory_to_measure(monkeypatch):
