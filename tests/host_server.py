@@ -84,10 +84,20 @@ class HostServer:
     time: the server lists its folders anew for each prompt.
     """
 
-    def __init__(self, host: Host, base: Path | None = None, *, startup_timeout: float = 180, extra_args: tuple = ()):
+    def __init__(
+        self,
+        host: Host,
+        base: Path | None = None,
+        *,
+        startup_timeout: float = 180,
+        extra_args: tuple = (),
+        device_args: tuple = ("--cpu",),
+        environment: dict[str, str] | None = None,
+    ):
         self.host = host
         self.startup_timeout = startup_timeout
-        self.extra_args = extra_args
+        self.arguments = (*device_args, *extra_args)
+        self.environment = environment or {}
         self._owns_base = base is None
         self.base = Path(tempfile.mkdtemp(prefix="dit_quant_host_")) if base is None else Path(base).absolute()
         self.models = self.base / "models"
@@ -115,12 +125,13 @@ class HostServer:
         self.stop()
 
     def _start(self) -> None:
-        command = [str(self.host.python), "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [str(self.host.python), "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base)]
-        command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.extra_args]
+        command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}", *self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         # tests/kernels sets it for this process: a server would interpret its kernels, a thousand times slower
         environment.pop("TRITON_INTERPRET", None)
+        environment |= self.environment
         new_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -8,7 +8,7 @@ import torch
 from ...quant_core.checkpoint import CONFIG_KEY, SUFFIXES, layer_from_tensors, layer_tensors
 from ...quant_core.checkpoint import is_ours as config_is_ours
 from ...quant_core.files import DamagedFile
-from ...quant_core.linear import quant_linear
+from ...quant_core.linear import dequantize, quant_linear
 from ...quant_core.timesteps import TimestepState
 from .layout import is_ours, unwrap, wrap
 
@@ -69,7 +69,11 @@ def make_operations(dtype: torch.dtype):
                 return super().__getattr__(name)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
-                return weight.dequantize() if is_ours(weight) else super().convert_weight(weight, inplace, **kwargs)
+                if not is_ours(weight):
+                    return super().convert_weight(weight, inplace, **kwargs)
+                # the host would work LoRAs in in fp16: all codes would be rounded for what fp16 loses, and unlike in
+                # a file that is saved
+                return dequantize(unwrap(weight))
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
                 if not is_ours(self.weight):
@@ -92,7 +96,7 @@ def make_operations(dtype: torch.dtype):
                     device=input.device,
                     bias_dtype=input.dtype,
                     offloadable=True,
-                    compute_dtype=input.dtype,
+                    compute_dtype=torch.float32,
                     want_requant=True,
                 )
                 if is_ours(weight):

@@ -137,9 +137,14 @@ def quantized_state(patcher: ModelPatcher) -> dict[str, QuantizedLinear]:
         weight, _ = base_weight(patcher, key)
         layer = unwrap(weight).map(lambda tensor: tensor.cpu())
         if key in patcher.patches:
-            layer = requantize(merged_weight(patcher, key), layer, seed=comfy.utils.string_to_seed(key))
+            layer = requantize(merged_weight(patcher, key), layer, seed=rounding_seed(patcher, key))
         layers[name] = layer
     return layers
+
+
+def rounding_seed(patcher: ModelPatcher, key: str) -> int:
+    """What the host gives to the rounding of a patched weight as it loads: by dynamic VRAM, by the layer's name."""
+    return comfy.utils.string_to_seed(key.removesuffix(".weight") if patcher.is_dynamic() else key)
 
 
 def is_quantized(patcher: ModelPatcher) -> bool:
