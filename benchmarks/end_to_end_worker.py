@@ -37,8 +37,9 @@ bind("dit_quant", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
 host_models = bind("host_models", PACK / "benchmarks" / "host_models.py")
 
 from dit_quant.nodes.files import METADATA, load_quantized  # noqa: E402
+from dit_quant.nodes.host.drawing import Settings  # noqa: E402
 from dit_quant.nodes.host.quantized import compute_dtype, quantize  # noqa: E402
-from dit_quant.nodes.host.sampling import Progress, Settings, calibrate  # noqa: E402
+from dit_quant.nodes.host.sampling import Progress, calibrate  # noqa: E402
 from dit_quant.nodes.host.weights import float_state, full_state, quantized_state, select, weight_loaders  # noqa: E402
 from dit_quant.quant_core.checkpoint import VERSION  # noqa: E402
 from dit_quant.quant_core.files import write_tensors  # noqa: E402

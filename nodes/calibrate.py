@@ -7,8 +7,9 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io, ui
 
+from .host.drawing import TO_THE_END, Settings
 from .host.paths import calibration_folder
-from .host.sampling import Progress, Settings, calibrate
+from .host.sampling import Progress, calibrate
 from .schema import CalibrationType, schema
 
 # of a side, as in the host's own nodes
@@ -132,6 +133,30 @@ class CalibrateDiT(io.ComfyNode):
                     "better 4-bit weights. Needs memory for the activations of one block; where that fails, the "
                     "report says so and all else goes on.",
                 ),
+                io.Int.Input(
+                    "start_at_step",
+                    default=0,
+                    min=0,
+                    max=TO_THE_END,
+                    optional=True,
+                    advanced=True,
+                    tooltip="As in KSampler (Advanced), for a model that samples a part of the steps.",
+                ),
+                io.Int.Input(
+                    "end_at_step",
+                    default=TO_THE_END,
+                    min=1,
+                    max=TO_THE_END,
+                    optional=True,
+                    advanced=True,
+                    tooltip="As in KSampler (Advanced), for a model that samples a part of the steps.",
+                ),
+                io.Model.Input(
+                    "model_before",
+                    optional=True,
+                    tooltip="Samples the steps before start_at_step, as Wan 2.2's high noise model does for the low "
+                    "noise one; may be quantized. Not connected: the model itself does.",
+                ),
             ],
             outputs=[CalibrationType.Output(display_name="calibration"), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -156,6 +181,9 @@ class CalibrateDiT(io.ComfyNode):
         positive=None,
         negative=None,
         latent=None,
+        start_at_step=0,
+        end_at_step=TO_THE_END,
+        model_before=None,
     ) -> io.NodeOutput:
         conditions = prompt_list(clip, prompts, positive)
         if negative is None:
@@ -174,6 +202,8 @@ class CalibrateDiT(io.ComfyNode):
             measure_sensitivity,
             measure_curvature,
             latent,
+            start_at_step,
+            end_at_step,
         )
         bar = comfy.utils.ProgressBar(max(len(conditions), 1) * steps, node_id=cls.hidden.unique_id)
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
@@ -187,7 +217,8 @@ class CalibrateDiT(io.ComfyNode):
             bar.update_absolute(done, total, preview)
 
         notes: list[str] = []
-        result = calibrate(model, conditions, negative, settings, calibration_folder(), Progress(step, notes))
+        progress = Progress(step, notes)
+        result = calibrate(model, conditions, negative, settings, calibration_folder(), progress, model_before)
         text = "\n".join(
             [f"{len(result.layers)} layers, {len(conditions)} prompts, {len(result.sigmas)} noise levels", *notes]
         )

@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_sampling
-import comfy.sample
-import comfy.samplers
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -23,10 +20,11 @@ from ...quant_core.identity import describe
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
 from .attached import refuse_bypass, refuse_hooks, uncompiled
+from .drawing import Drawing, Settings, schedule, spread
 from .gains import cached_gains, kept
-from .latents import first_of, flat, of_size
+from .latents import flat
 from .probes import probing
-from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders
+from .weights import fingerprints, is_quantized, rest_fingerprint, select, weight_loaders, whole_fingerprint
 
 log = logging.getLogger("dit_quant")
 KEY = "dit_quant_calibration"
@@ -34,29 +32,6 @@ KEY = "dit_quant_calibration"
 FEWEST_BINS = 16
 # files of gigabytes are written again after this many times what that took
 SAVING_SHARE = 20
-SEEDS = 2**64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the calibration prompts are sampled. sizes: (width, height) pairs in pixels, taken in turn; latent: a LATENT
-    to start from instead.
-
-    memory_gb: budget of the statistics; passes: how often every prompt may be sampled to stay within it;
-    sensitivity: whether the gains of all layers are measured too; curvature: whether some calls run under autograd.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    steps: int
-    cfg: float
-    sampler: str
-    scheduler: str
-    seed: int
-    memory_gb: float
-    passes: int = 1
-    sensitivity: bool = False
-    curvature: bool = True
-    latent: Mapping | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +63,7 @@ class Run:
 
     patcher: ModelPatcher
     layers: Mapping[str, torch.nn.Module]
-    positive: list[list]
-    negative: list
-    settings: Settings
+    drawing: Drawing
     plan: MemoryPlan
     folder: Path
     key: str
@@ -125,8 +98,10 @@ def calibrate(
     settings: Settings,
     folder: Path,
     progress: Progress,
+    before: ModelPatcher | None = None,
 ) -> Calibration:
-    """positive: one CONDITIONING per prompt. Statistics are cached in `folder` and saved after every prompt.
+    """positive: one CONDITIONING per prompt; before: samples the steps before `settings.start` in place of `patcher`.
+    Statistics are cached in `folder` and saved after every prompt.
 
     Raises ValueError for an empty prompt list, NotADiT, and NonFiniteActivation; an interruption keeps
     the finished prompts.
@@ -135,14 +110,19 @@ def calibrate(
         raise ValueError("no calibration prompts: write at least one prompt, one per line, or connect a conditioning")
     if is_quantized(patcher):
         raise ValueError("this model is quantized already; calibrate the full-precision model it came from")
+    if before is not None and settings.start == 0:
+        raise ValueError(
+            "model_before is connected, but start_at_step is 0: it would sample nothing; set start_at_step to the step "
+            "at which `model` takes over"
+        )
     refuse_bypass(patcher)
     refuse_hooks([*positive, negative])
     patcher = uncompiled(patcher)
+    earlier = patcher if before is None else uncompiled(before)
     layers, _, _ = select(patcher)
     features = {name: module.in_features for name, module in layers.items()}
-    sigmas = comfy.samplers.calculate_sigmas(
-        patcher.get_model_object("model_sampling"), settings.scheduler, settings.steps
-    ).tolist()
+    drawing = Drawing(patcher, earlier, positive, negative, settings, schedule(patcher, settings))
+    sigmas = drawing.own.tolist()
     bins = min(max(sum(sigma > 0 for sigma in sigmas), FEWEST_BINS), MAX_BINS)
     outputs = {name: module.out_features for name, module in layers.items()} if settings.curvature else {}
     budget = int(settings.memory_gb * 2**30)
@@ -169,6 +149,8 @@ def calibrate(
         "seed": settings.seed,
         "sizes": [list(size) for size in settings.sizes] if settings.latent is None else describe(settings.latent),
         "sigmas": [f"{s:.6g}" for s in sigmas],
+        "before": None if before is None else [whole_fingerprint(earlier), attached_fingerprint(earlier)],
+        "start": settings.start,
         "prompts": [conditioning_fingerprint(p) for p in positive],
         "negative": conditioning_fingerprint(negative),
         "covariance": plan.covariance,
@@ -179,7 +161,7 @@ def calibrate(
     }
     rest, attached = rest_fingerprint(patcher, layers), attached_fingerprint(patcher)
     key = settings_key(VERSION, prints, rest, attached, described)
-    run = Run(patcher, layers, positive, negative, settings, plan, folder, key, progress)
+    run = Run(patcher, layers, drawing, plan, folder, key, progress)
     collectors: list[Collector] = []
     curvature: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
@@ -196,8 +178,9 @@ def calibrate(
 
 def _gains(run: Run) -> dict[str, float]:
     """How far an error in each layer moves the final latent, on a few steps of the first prompts."""
-    count = min(GAIN_PROMPTS, len(run.positive))
-    total, done = count * GAIN_STEPS * (len(run.layers) + 2), 0
+    count = min(GAIN_PROMPTS, len(run.drawing.positive))
+    sigmas = spread(run.drawing.own, GAIN_STEPS)
+    total, done = count * (len(sigmas) - 1) * (len(run.layers) + 2), 0
     run.progress.notes.append(f"sensitivity of {len(run.layers)} layers: at most {total} extra sampling steps")
 
     def step(index, denoised, x, steps):
@@ -205,9 +188,12 @@ def _gains(run: Run) -> dict[str, float]:
         done += 1
         run.progress.step(done, total, denoised)
 
+    def earlier(index, denoised, x, steps):
+        run.progress.step(done, total, denoised)
+
     def sample() -> torch.Tensor:
         # latents of several sizes side by side
-        return torch.cat([flat(_draw(run.patcher, run, i, GAIN_STEPS, step)) for i in range(count)])[None]
+        return torch.cat([flat(run.drawing.draw(run.patcher, i, sigmas, step, earlier)) for i in range(count)])[None]
 
     weights = weight_loaders(run.patcher, run.layers)
     path = run.folder / f"{run.key[:32]}-gains.json"
@@ -219,7 +205,7 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     """One pass over all prompts, from where its cache ends. sigmas: the bins of the first pass, empty in it."""
     inputs, outputs = run.collectors(index, sigmas)
     cache, key = run.cache(index), run.key + run.part(index)
-    prompts = len(run.positive)
+    prompts = len(run.drawing.positive)
     done = _resume(run, index, inputs, outputs, key)
     complete = done == prompts
     if not complete:
@@ -296,33 +282,15 @@ def hooked_clone(
 
 def _sample(patcher: ModelPatcher, run: Run, i: int, before: int) -> None:
     """Prompt i, start to end, when `before` others have been sampled in all passes."""
-    prompts = len(run.positive) * len(run.plan.passes)
+    prompts = len(run.drawing.positive) * len(run.plan.passes)
+    begun = run.drawing.settings.start
 
-    def callback(step, denoised, x, total):
+    def earlier(step, denoised, x, total):
+        total += len(run.drawing.own) - 1
         run.progress.step(before * total + step + 1, prompts * total, denoised)
 
-    _draw(patcher, run, i, run.settings.steps, callback)
+    def callback(step, denoised, x, total):
+        total += begun
+        run.progress.step(before * total + begun + step + 1, prompts * total, denoised)
 
-
-def _draw(patcher: ModelPatcher, run: Run, i: int, steps: int, callback) -> torch.Tensor:
-    """The final latent [1, ...] of prompt i."""
-    settings = run.settings
-    seed = (settings.seed + i) % SEEDS
-    given = settings.latent or {}
-    size = settings.sizes[i % len(settings.sizes)]
-    latent = first_of(patcher, given) if given else of_size(patcher, size)
-    return comfy.sample.sample(
-        patcher,
-        comfy.sample.prepare_noise(latent, seed),
-        steps,
-        settings.cfg,
-        settings.sampler,
-        settings.scheduler,
-        run.positive[i],
-        run.negative,
-        latent,
-        noise_mask=given.get("noise_mask"),
-        callback=callback,
-        disable_pbar=True,
-        seed=seed,
-    )
+    run.drawing.draw(patcher, i, run.drawing.own, callback, earlier)

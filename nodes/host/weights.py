@@ -105,6 +105,22 @@ def rest_fingerprint(patcher: ModelPatcher, layers) -> str:
     return settings_key(found)
 
 
+def whole_fingerprint(patcher: ModelPatcher) -> str:
+    """Identity of the diffusion model, quantized or not, with its patches: it decides what it samples."""
+    quantized = quantized_state(patcher)
+    described = {
+        name: [
+            {field: tensor_fingerprint(tensor) for field, tensor in layer.tensors().items()},
+            layer.hadamard,
+            layer.symmetric,
+            repr(layer.groups),
+        ]
+        for name, layer in quantized.items()
+    }
+    floats = [name for name in select(patcher)[0] if name not in quantized]
+    return settings_key(described, fingerprints(patcher, floats), rest_fingerprint(patcher, [*quantized, *floats]))
+
+
 def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Every other tensor of the diffusion model, patches applied. `without`: layers whose weight is left out."""
     model = patcher.model.diffusion_model

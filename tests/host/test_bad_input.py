@@ -42,6 +42,14 @@ CASES = {
     "tiny size": (p.calibrate(sizes="8x8"), "'8x8' is not WIDTHxHEIGHT of 16x16 to"),
     "huge size": (p.calibrate(sizes="99999x99999"), "'99999x99999' is not WIDTHxHEIGHT of 16x16 to 16384x16384"),
     "endless size": (p.calibrate(sizes="1" * 5000 + "x16"), "is not WIDTHxHEIGHT"),
+    "no step of its own": (
+        p.calibrate(start_at_step=8),
+        r"start_at_step 8 leaves no step to calibrate of 8 up to end_at_step 10000; take .* KSampler \(Advanced\)",
+    ),
+    "nothing before": (
+        p.calibrate(model_before=p.link("model")),
+        "model_before is connected, but start_at_step is 0: it would sample nothing; set start_at_step",
+    ),
     "too many groups": (p.calibrate() | p.group(groups=64), "64 groups do not fit 8 timesteps; choose 1 to 8"),
     "regular expression": (
         GROUPED | p.quantize(skip_layers="fine\nqkv("),
