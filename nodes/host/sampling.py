@@ -20,7 +20,7 @@ from ...quant_core.identity import describe
 from ...quant_core.memory import MemoryPlan, plan_memory
 from ...quant_core.sensitivity import GAIN_PROMPTS, GAIN_STEPS
 from .attached import refuse_bypass, refuse_hooks, uncompiled
-from .drawing import Drawing, Settings, schedule, spread
+from .drawing import Callback, Drawing, Settings, schedule, spread
 from .gains import cached_gains, kept
 from .latents import flat
 from .probes import probing
@@ -283,14 +283,13 @@ def hooked_clone(
 def _sample(patcher: ModelPatcher, run: Run, i: int, before: int) -> None:
     """Prompt i, start to end, when `before` others have been sampled in all passes."""
     prompts = len(run.drawing.positive) * len(run.plan.passes)
-    begun = run.drawing.settings.start
+    own, start = run.drawing.own, run.drawing.settings.start
+    steps = start + len(own) - 1
 
-    def earlier(step, denoised, x, total):
-        total += len(run.drawing.own) - 1
-        run.progress.step(before * total + step + 1, prompts * total, denoised)
+    def counted_from(first: int) -> Callback:
+        def callback(step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
+            run.progress.step(before * steps + first + step + 1, prompts * steps, denoised)
 
-    def callback(step, denoised, x, total):
-        total += begun
-        run.progress.step(before * total + begun + step + 1, prompts * total, denoised)
+        return callback
 
-    run.drawing.draw(patcher, i, run.drawing.own, callback, earlier)
+    run.drawing.draw(patcher, i, own, counted_from(start), counted_from(0))

@@ -81,7 +81,8 @@ def test_a_workflow_of_two_models(host_server, lora):
     behind = {"start_at_step": START, "model_before": p.link("high")}
     low = p.calibrate("model", "low seen", **behind) | p.quantize("W8A8", "model", "low seen", "low")
     chains = in_two_parts("lora", "model", "full") | in_two_parts("high", "low", "rounded")
-    history = host_server.run(p.BASE | p.lora(lora, strength=8.0) | high | low | chains | p.sample("model", "one model"))
+    models = p.BASE | p.lora(lora, strength=8.0)
+    history = host_server.run(models | high | low | chains | p.sample("model", "one model"))
     assert f"{START} noise levels" in p.report(history, "high seen")
     assert f"{p.STEPS - START} noise levels" in p.report(history, "low seen")
     latents = host_server.latents(history)
