@@ -107,18 +107,15 @@ def rest_fingerprint(patcher: ModelPatcher, layers) -> str:
 
 def whole_fingerprint(patcher: ModelPatcher) -> str:
     """Identity of the diffusion model, quantized or not, with its patches: it decides what it samples."""
-    quantized = quantized_state(patcher)
-    described = {
-        name: [
-            {field: tensor_fingerprint(tensor) for field, tensor in layer.tensors().items()},
-            layer.hadamard,
-            layer.symmetric,
-            repr(layer.groups),
-        ]
-        for name, layer in quantized.items()
-    }
-    floats = [name for name in select(patcher)[0] if name not in quantized]
-    return settings_key(described, fingerprints(patcher, floats), rest_fingerprint(patcher, [*quantized, *floats]))
+    quantized = quantized_layers(patcher.model.diffusion_model)
+    described = {name: quantized_fingerprint(quantized_layer(patcher, name)) for name in quantized}
+    floats = [name for name in select(patcher)[0] if name not in described]
+    return settings_key(described, fingerprints(patcher, floats), rest_fingerprint(patcher, [*described, *floats]))
+
+
+def quantized_fingerprint(layer: QuantizedLinear) -> str:
+    tensors = {field: tensor_fingerprint(tensor) for field, tensor in layer.tensors().items()}
+    return settings_key(tensors, layer.hadamard, layer.symmetric, repr(layer.groups))
 
 
 def float_state(patcher: ModelPatcher, without: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -145,17 +142,19 @@ def smallest_exact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def quantized_layer(patcher: ModelPatcher, name: str) -> QuantizedLinear:
+    """A quantized layer of a MODEL on the CPU, with the LoRAs applied after quantization worked in."""
+    key = f"{PREFIX}{name}.weight"
+    weight, _ = base_weight(patcher, key)
+    layer = unwrap(weight).map(lambda tensor: tensor.cpu())
+    if key in patcher.patches:
+        layer = requantize(merged_weight(patcher, key), layer, seed=rounding_seed(patcher, key))
+    return layer
+
+
 def quantized_state(patcher: ModelPatcher) -> dict[str, QuantizedLinear]:
-    """The quantized layers of a MODEL, with the LoRAs applied after quantization worked in."""
-    layers = {}
-    for name in quantized_layers(patcher.model.diffusion_model):
-        key = f"{PREFIX}{name}.weight"
-        weight, _ = base_weight(patcher, key)
-        layer = unwrap(weight).map(lambda tensor: tensor.cpu())
-        if key in patcher.patches:
-            layer = requantize(merged_weight(patcher, key), layer, seed=rounding_seed(patcher, key))
-        layers[name] = layer
-    return layers
+    """All of them by name."""
+    return {name: quantized_layer(patcher, name) for name in quantized_layers(patcher.model.diffusion_model)}
 
 
 def rounding_seed(patcher: ModelPatcher, key: str) -> int:
