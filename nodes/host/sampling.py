@@ -61,7 +61,6 @@ def attached_fingerprint(patcher: ModelPatcher) -> object:
 class Run:
     """Everything that the passes over the prompts have in common."""
 
-    patcher: ModelPatcher
     layers: Mapping[str, torch.nn.Module]
     drawing: Drawing
     plan: MemoryPlan
@@ -82,7 +81,7 @@ class Run:
         outputs = {} if self.plan.curvature is None else {name: self.layers[name].out_features for name in names}
         inputs = Collector(
             {name: self.layers[name].in_features for name in names},
-            flow=is_flow(self.patcher),
+            flow=is_flow(self.drawing.patcher),
             covariance=self.plan.covariance,
             max_bins=self.plan.bins,
             rows=self.plan.rows,
@@ -161,7 +160,7 @@ def calibrate(
     }
     rest, attached = rest_fingerprint(patcher, layers), attached_fingerprint(patcher)
     key = settings_key(VERSION, prints, rest, attached, described)
-    run = Run(patcher, layers, drawing, plan, folder, key, progress)
+    run = Run(layers, drawing, plan, folder, key, progress)
     collectors: list[Collector] = []
     curvature: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
@@ -178,7 +177,7 @@ def calibrate(
 
 def _gains(run: Run) -> dict[str, float]:
     """How far an error in each layer moves the final latent, on a few steps of the first prompts."""
-    count = min(GAIN_PROMPTS, len(run.drawing.positive))
+    patcher, count = run.drawing.patcher, min(GAIN_PROMPTS, len(run.drawing.positive))
     sigmas = spread(run.drawing.own, GAIN_STEPS)
     total, done = count * (len(sigmas) - 1) * (len(run.layers) + 2), 0
     run.progress.notes.append(f"sensitivity of {len(run.layers)} layers: at most {total} extra sampling steps")
@@ -193,9 +192,9 @@ def _gains(run: Run) -> dict[str, float]:
 
     def sample() -> torch.Tensor:
         # latents of several sizes side by side
-        return torch.cat([flat(run.drawing.draw(run.patcher, i, sigmas, step, earlier)) for i in range(count)])[None]
+        return torch.cat([flat(run.drawing.draw(patcher, i, sigmas, step, earlier)) for i in range(count)])[None]
 
-    weights = weight_loaders(run.patcher, run.layers)
+    weights = weight_loaders(patcher, run.layers)
     path = run.folder / f"{run.key[:32]}-gains.json"
     key = f"{run.key} {GAIN_STEPS} steps {GAIN_PROMPTS} prompts"
     return cached_gains(run.layers, weights, sample, path, key, run.progress.notes)
@@ -209,7 +208,7 @@ def _observe(run: Run, index: int, sigmas: list[float]) -> tuple[Collector, Curv
     done = _resume(run, index, inputs, outputs, key)
     complete = done == prompts
     if not complete:
-        sampled = hooked_clone(run.patcher, inputs, outputs, run.progress.notes)
+        sampled = hooked_clone(run.drawing.patcher, inputs, outputs, run.progress.notes)
         layers = {name: run.layers[name] for name in run.plan.passes[index]}
         saved, cost = time.monotonic(), 0.0
         with inputs.attached(layers), outputs.attached({name: layers[name] for name in outputs.shapes}):

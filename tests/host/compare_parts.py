@@ -9,13 +9,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from in_host import ROOT
+import in_host  # noqa: F401 - its work is done by importing it
 
 # isort: split
-import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
-from dit_quant.nodes.demo import EmojiPrompts
+from dit_quant.nodes.demo import EmojiPrompts, LoadEmojiDiT
 from dit_quant.nodes.host.drawing import Drawing, Settings, schedule
 from dit_quant.nodes.host.quantized import quantize
 from dit_quant.nodes.host.sampling import Progress, calibrate
@@ -28,10 +27,6 @@ STEPS, START, END = 8, 3, 6
 WHOLE = Settings(((128, 128),), STEPS, 3.0, "euler", "simple", 5, memory_gb=4.0)
 PART = replace(WHOLE, start=START, end=END)
 LAYER = "joint_blocks.1.x_block.mlp.fc1"
-
-
-def load():
-    return comfy.sd.load_diffusion_model(str(ROOT / "demo" / "assets" / "emoji_dit.safetensors"))
 
 
 def disturbed(patcher):
@@ -71,7 +66,7 @@ def nothing(*_) -> None:
 @torch.inference_mode()  # as the host runs its nodes
 def compared(folder: Path) -> dict:
     """Everything that the tests look at; `folder` for caches."""
-    model, other = load(), load()
+    model, other = (LoadEmojiDiT.execute().args[0] for _ in range(2))
     positive = EmojiPrompts.execute("", first=0, count=2).args[0]
     prompts, negative = [[entry] for entry in positive], EmojiPrompts.execute("").args[0]
     before = disturbed(model)

@@ -11,8 +11,8 @@ import host_prompts as p
 import pytest
 import torch
 from host_location import ROOT
+from host_lora import write_lora
 from host_server import History, HostServer, find_host, why_no_host
-from safetensors.torch import save_file
 
 NODES = Path(__file__).with_name("nodes_for_tests.py")
 PRESETS = ("W8A8", "W4A8", "W8A8 fast", "W8A8 static", "htg_paper", "rtn_w8a8", "rtn_w4a8")
@@ -102,11 +102,5 @@ def presets(host_server) -> PresetRun:
 @pytest.fixture(scope="session")
 def lora(host_server) -> str:
     """Name of a random rank-4 LoRA on attention, MLP and modulation Linears of the bundled DiT."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (N, K) in LORA_LAYERS.items():
-        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(N, 4, generator=generator) * 0.1
-        tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, K, generator=generator) * 0.1
-        tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(4.0)
-    save_file(tensors, host_server.models / "loras" / LORA)
+    write_lora(host_server.models / "loras" / LORA, LORA_LAYERS, 0.1)
     return LORA

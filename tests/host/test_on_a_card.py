@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch_card
 from dit_quant.quant_core.metrics import relative_l2
+from host_lora import write_lora
 from host_server import History, Host, HostServer, find_host, why_no_host
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.host
 
@@ -33,15 +33,6 @@ class Run:
     log: str
 
 
-def lora(folder: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, (N, K) in LORA_LAYERS.items():
-        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.randn(N, 4, generator=generator) * 0.05
-        tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.randn(4, K, generator=generator) * 0.05
-    save_file(tensors, folder / LORA)
-
-
 def run(host: Host, mode: str, base: Path) -> Run:
     """Calibrates, rounds, puts a LoRA behind that, samples all, saves all; then loads and samples the files."""
     options = {**torch_card.environment(host, dynamic=mode != "legacy"), **MODES[mode]}
@@ -55,7 +46,7 @@ def run(host: Host, mode: str, base: Path) -> Run:
     for name in (name for preset in PRESETS for name in (preset, f"{preset} LoRA")):
         again |= p.load(name, name=f"{name} loaded") | p.sample(f"{name} loaded", name)
     with HostServer(Host(host.root, Path(sys.executable)), base, device_args=(), environment=options) as server:
-        lora(server.models / "loras")
+        write_lora(server.models / "loras" / LORA, LORA_LAYERS, 0.05)
         history = server.run(prompt, 600)
         return Run(history, server.latents(history), server.latents(server.run(again, 600)), server.log_text())
 
